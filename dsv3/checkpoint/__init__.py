@@ -1,0 +1,1 @@
+"""Published names and ours, safetensors in and out, resumable training snapshots."""

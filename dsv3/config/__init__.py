@@ -1,0 +1,23 @@
+"""Every setting, as frozen keyword-only dataclasses with units and sources. Imports no torch."""
+
+from dsv3.config.balance import BalanceConfig
+from dsv3.config.data import DataConfig, SourceConfig
+from dsv3.config.model import ModelConfig, YarnConfig
+from dsv3.config.run import EvaluationConfig, PretrainConfig, RuntimeConfig, SnapshotConfig
+from dsv3.config.training import BatchConfig, LearningRateConfig, MtpLossConfig, OptimConfig
+
+__all__ = [
+    "BalanceConfig",
+    "BatchConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "LearningRateConfig",
+    "ModelConfig",
+    "MtpLossConfig",
+    "OptimConfig",
+    "PretrainConfig",
+    "RuntimeConfig",
+    "SnapshotConfig",
+    "SourceConfig",
+    "YarnConfig",
+]

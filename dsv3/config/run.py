@@ -1,0 +1,95 @@
+"""A whole pre-training run: what a recipe returns and what a run folder's `config.json` holds."""
+
+from dataclasses import dataclass
+
+from dsv3.config.balance import BalanceConfig
+from dsv3.config.check import require_choice, require_not_negative, require_positive
+from dsv3.config.data import DataConfig
+from dsv3.config.model import ModelConfig
+from dsv3.config.training import BatchConfig, MtpLossConfig, OptimConfig
+from dsv3.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotConfig:
+    """When training state is written, and which snapshots stay."""
+
+    every_steps: int = 1000
+    keep_last: int = 2
+    """Newest snapshots kept; older ones are removed after a newer one is complete."""
+    keep_every_steps: int = 0
+    """Snapshots at multiples of this step are kept for good; 0 keeps none beyond `keep_last`."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "every_steps", "keep_last")
+        require_not_negative(self, "keep_every_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Validation while training."""
+
+    every_steps: int = 500
+    max_tokens: int = 200_000
+    """Held-out tokens scored each time, the same ones each time."""
+    sample_prompts: tuple[str, ...] = ()
+    """Continued greedily at every validation and kept in the run folder."""
+    sample_tokens: int = 48
+
+    def __post_init__(self) -> None:
+        require_positive(self, "every_steps", "max_tokens", "sample_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """Where and how to compute."""
+
+    seed: int = 0
+    """Fixes initial weights, data order, FIM and sampling."""
+    device: str = "auto"
+    """'auto' (CUDA if present, else CPU), 'cpu', 'cuda' or 'cuda:N'."""
+    dtype: str = "auto"
+    """Compute type: 'auto' (BF16 on CUDA, FP32 on CPU), 'float32' or 'bfloat16'."""
+    threads: int = 0
+    """CPU threads of one process; 0 takes all that this process may use."""
+
+    def __post_init__(self) -> None:
+        require_not_negative(self, "seed", "threads")
+        require_choice(self, "dtype", choices=("auto", "float32", "bfloat16"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Everything that determines a pre-training run. Defaults are the published recipe of the 671B model."""
+
+    recipe: str = ""
+    """Name of the recipe this came from."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    batch: BatchConfig = BatchConfig()
+    optim: OptimConfig = OptimConfig()
+    mtp: MtpLossConfig = MtpLossConfig()
+    balance: BalanceConfig = BalanceConfig()
+    snapshot: SnapshotConfig = SnapshotConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    total_tokens: int = 14_800_000_000_000
+    """Training ends with the step that reaches this many tokens."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "total_tokens")
+        if self.batch.sequence_length > self.model.max_position_embeddings:
+            raise ConfigError(
+                f"batch.sequence_length = {self.batch.sequence_length} is longer than "
+                f"model.max_position_embeddings = {self.model.max_position_embeddings}"
+            )
+        if self.batch.sequence_length <= self.model.num_nextn_predict_layers:
+            raise ConfigError(
+                f"batch.sequence_length = {self.batch.sequence_length} leaves nothing to predict "
+                f"{self.model.num_nextn_predict_layers} tokens further ahead"
+            )
+        if self.balance.method == "bias" and not self.model.has_router_bias:
+            raise ConfigError(
+                f"balance.method 'bias' needs routers with a bias, and topk_method = '{self.model.topk_method}' has "
+                "none; use model.topk_method=noaux_tc, or another balance.method"
+            )

@@ -1,0 +1,1 @@
+"""Using a model: latent cache, sampling, generation."""

@@ -1,0 +1,1 @@
+"""Plain arithmetic about a model or a run, without torch: parameters, FLOPs, memory."""

@@ -1,0 +1,1 @@
+"""Loss, optimiser, schedules, balance, the step and the loop of pre-training."""
