@@ -1,0 +1,102 @@
+"""Output head and cross-entropy in one, so that the logits of all tokens are never held at once.
+
+V3 has 129,280 logits a token: 2 GB in FP32 for one row of 4,096. Both functions walk over chunks of tokens.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dsv3.batch import IGNORE
+
+CHUNK_ELEMENTS = 1 << 22
+"""Logits held at once: 16 MB in FP32."""
+
+
+def linear_cross_entropy(
+    hidden: Float[Tensor, "token hidden"],
+    *,
+    weight: Float[Tensor, "vocab hidden"],
+    targets: Int[Tensor, " token"],
+    weights: Float[Tensor, " token"] | None = None,
+) -> Float[Tensor, ""]:
+    """Return the SUM over tokens of `weights * -log softmax(hidden @ weight.T)[target]`, in at least FP32.
+
+    Divide by what the report divides by: for an MTP module that is the number of main-model targets (eq. 24), not the
+    fewer targets it has itself. Targets of `IGNORE` count nothing. Gradients are made chunk by chunk in the forward
+    pass, while the logits are there; so the function can be differentiated once.
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, targets, weights)
+
+
+@torch.no_grad()
+def token_nll(
+    hidden: Float[Tensor, "token hidden"],
+    *,
+    weight: Float[Tensor, "vocab hidden"],
+    targets: Int[Tensor, " token"],
+) -> Float[Tensor, " token"]:
+    """Return each token's `-log softmax(hidden @ weight.T)[target]` in nats, 0 for `IGNORE`; without gradients."""
+    pieces = []
+    for rows in _chunks(hidden.shape[0], weight.shape[0]):
+        logits = _logits(hidden[rows], weight)
+        pieces.append(_nll(logits, targets[rows]))
+    return torch.cat(pieces) if pieces else hidden.new_zeros(0)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+        wants_gradient = hidden.requires_grad or weight.requires_grad
+        accumulator = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=accumulator, device=hidden.device)
+        of_hidden = torch.empty_like(hidden) if wants_gradient else None
+        of_weight = torch.zeros_like(weight, dtype=accumulator) if wants_gradient else None
+        for rows in _chunks(hidden.shape[0], weight.shape[0]):
+            logits = _logits(hidden[rows], weight)
+            target = targets[rows]
+            coefficient = (target != IGNORE).to(accumulator)
+            if weights is not None:
+                coefficient = coefficient * weights[rows].to(accumulator)
+            index = target.clamp(min=0)[:, None]
+            normaliser = logits.logsumexp(-1, keepdim=True)
+            total += ((normaliser - logits.gather(1, index)).squeeze(1) * coefficient).sum()
+            if of_hidden is not None and of_weight is not None:
+                # d nll / d logits = softmax(logits) - onehot(target), in place of the logits.
+                slope = logits.sub_(normaliser).exp_()
+                slope.scatter_add_(1, index, torch.full_like(index, -1, dtype=accumulator))
+                slope.mul_(coefficient[:, None])
+                slope = slope.to(hidden.dtype)
+                torch.mm(slope, weight, out=of_hidden[rows])
+                if of_weight.dtype == slope.dtype:
+                    of_weight.addmm_(slope.T, hidden[rows])
+                else:
+                    of_weight += slope.T @ hidden[rows]
+        ctx.save_for_backward(of_hidden, of_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        of_hidden, of_weight = ctx.saved_tensors
+        gradient = gradients[0]
+        return of_hidden * gradient.to(of_hidden.dtype), (of_weight * gradient).to(ctx.weight_dtype), None, None
+
+
+def _chunks(num_tokens: int, vocab_size: int) -> list[slice]:
+    step = max(1, CHUNK_ELEMENTS // vocab_size)
+    return [slice(start, min(start + step, num_tokens)) for start in range(0, num_tokens, step)]
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    logits = hidden @ weight.T
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+    chosen = logits.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
+    return torch.where(targets == IGNORE, 0.0, logits.logsumexp(-1) - chosen)

@@ -1,0 +1,52 @@
+"""Copies of tokens, out and back: the two gathers around the experts.
+
+Each is the other's derivative, so neither ever scatters: adding rows by index is slow on a CPU, and on a GPU its order,
+and with it the rounding, changes from run to run.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def copy_to_rows(
+    tokens: Float[Tensor, "token hidden"], *, source: Int[Tensor, " row"], origin: Int[Tensor, "token chosen"]
+) -> Float[Tensor, "row hidden"]:
+    """Return `tokens[source]`. `origin` is the inverse: the rows that are copies of each token."""
+    return _CopyToRows.apply(tokens, source, origin)
+
+
+def sum_to_tokens(
+    rows: Float[Tensor, "row hidden"], *, source: Int[Tensor, " row"], origin: Int[Tensor, "token chosen"]
+) -> Float[Tensor, "token hidden"]:
+    """Return for each token the sum of its rows, `rows[origin].sum(1)`, always in the same order."""
+    return _SumToTokens.apply(rows, source, origin)
+
+
+class _CopyToRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, source: Tensor, origin: Tensor) -> Tensor:
+        ctx.save_for_backward(source, origin)
+        return tokens.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        source, origin = ctx.saved_tensors
+        return _SumToTokens.apply(gradients[0], source, origin), None, None
+
+
+class _SumToTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, source: Tensor, origin: Tensor) -> Tensor:
+        ctx.save_for_backward(source, origin)
+        total = rows.index_select(0, origin[:, 0])
+        for choice in range(1, origin.shape[1]):
+            total += rows.index_select(0, origin[:, choice])
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        source, origin = ctx.saved_tensors
+        return _CopyToRows.apply(gradients[0], source, origin), None, None
