@@ -37,8 +37,10 @@ class DispatchedTokens:
     """Rows of each expert held here."""
     gates: Float[Tensor, " row"]
     """Gate value of each row; experts apply it before their down projection, as the report's kernels do."""
+    source: Int[Tensor, " row"]
+    """Token that each row is a copy of."""
     origin: Int[Tensor, "token chosen"]
-    """Row that holds each (token, choice) pair."""
+    """Row that holds each (token, choice) pair: the inverse of `source`."""
 
 
 class TokenDispatch(Protocol):
@@ -48,7 +50,9 @@ class TokenDispatch(Protocol):
         """Copy each token to the experts chosen for it."""
         ...
 
-    def combine(self, outputs: Float[Tensor, "row hidden"], *, dispatched: DispatchedTokens) -> Float[Tensor, "token hidden"]:
+    def combine(
+        self, outputs: Float[Tensor, "row hidden"], *, dispatched: DispatchedTokens
+    ) -> Float[Tensor, "token hidden"]:
         """Sum the outputs that belong to one token; the gates are already in them."""
         ...
 
@@ -71,7 +75,9 @@ class LatentCache(Protocol):
         """Keep the entries of all tokens of the batch, each at its own position."""
         ...
 
-    def rows(self, *, layer: int, sequence: int, length: int) -> tuple[Float[Tensor, "past latent"], Float[Tensor, "past rope"]]:
+    def rows(
+        self, *, layer: int, sequence: int, length: int
+    ) -> tuple[Float[Tensor, "past latent"], Float[Tensor, "past rope"]]:
         """Return the first `length` entries of one sequence."""
         ...
 
@@ -84,6 +90,7 @@ class MtpOutput:
     """The tokens it read and the targets it is to predict: one further on than its predecessor's."""
     hidden: Float[Tensor, "token hidden"]
     """After the module's own final norm: what the shared output head eats."""
+    before_norm: Float[Tensor, "token hidden"]
 
 
 @dataclass(frozen=True, kw_only=True)

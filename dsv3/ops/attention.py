@@ -32,8 +32,8 @@ def causal_attention(
 
 def _batched_rows(query: Tensor, key: Tensor, value: Tensor, *, num_rows: int, scale: float) -> Tensor:
     """Fused causal attention over rows of equal length; token head dim in and out."""
-    rows = [x.unflatten(0, (num_rows, -1)).transpose(1, 2) for x in (query, key, value)]  # row head token dim
-    output = F.scaled_dot_product_attention(*rows, is_causal=True, scale=scale)
+    q, k, v = (x.unflatten(0, (num_rows, -1)).transpose(1, 2) for x in (query, key, value))  # row head token dim
+    output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return output.transpose(1, 2).flatten(0, 1)
 
 

@@ -29,7 +29,8 @@ def linear_cross_entropy(
     fewer targets it has itself. Targets of `IGNORE` count nothing. Gradients are made chunk by chunk in the forward
     pass, while the logits are there; so the function can be differentiated once.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, targets, weights)
+    wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, weights, wants_gradient)
 
 
 @torch.no_grad()
@@ -49,8 +50,9 @@ def token_nll(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
-        wants_gradient = hidden.requires_grad or weight.requires_grad
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, wants_gradient: bool
+    ) -> Tensor:
         accumulator = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=accumulator, device=hidden.device)
         of_hidden = torch.empty_like(hidden) if wants_gradient else None
@@ -80,11 +82,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         of_hidden, of_weight = ctx.saved_tensors
         gradient = gradients[0]
-        return of_hidden * gradient.to(of_hidden.dtype), (of_weight * gradient).to(ctx.weight_dtype), None, None
+        return of_hidden * gradient.to(of_hidden.dtype), (of_weight * gradient).to(ctx.weight_dtype), None, None, None
 
 
 def _chunks(num_tokens: int, vocab_size: int) -> list[slice]:

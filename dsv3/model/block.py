@@ -1,0 +1,115 @@
+"""One layer: attention, then a feed-forward network, dense or of experts, each behind a norm and a residual.
+
+An MoE block can be driven in four steps (attention, dispatch, experts, combine), which is how a pipeline overlaps one
+chunk's communication with another's computation (report 3.2.1). Its own forward is those four steps in a row.
+"""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dsv3.batch import TokenBatch
+from dsv3.config import ModelConfig
+from dsv3.model.interfaces import DispatchedTokens, LatentCache, Routing, TokenDispatch
+from dsv3.model.linear import RMSNorm
+from dsv3.model.mla import LatentAttention
+from dsv3.model.moe import FeedForward, MixtureOfExperts
+from dsv3.ops.rope import Rotation
+
+
+class Block(nn.Module):
+    """What every layer has: two norms and attention."""
+
+    def __init__(self, config: ModelConfig, *, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = LatentAttention(config, layer=layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def attention(
+        self,
+        hidden: Float[Tensor, "token hidden"],
+        *,
+        batch: TokenBatch,
+        rotation: Rotation,
+        cache: LatentCache | None,
+    ) -> Float[Tensor, "token hidden"]:
+        """Return hidden + MLA(norm(hidden))."""
+        return hidden + self.self_attn(self.input_layernorm(hidden), batch=batch, rotation=rotation, cache=cache)
+
+
+class DenseBlock(Block):
+    """One of the first layers, whose feed-forward network serves every token alike."""
+
+    def __init__(self, config: ModelConfig, *, layer: int) -> None:
+        super().__init__(config, layer=layer)
+        self.mlp = FeedForward(config.hidden_size, intermediate_size=config.intermediate_size)
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "token hidden"],
+        *,
+        batch: TokenBatch,
+        rotation: Rotation,
+        cache: LatentCache | None,
+    ) -> Float[Tensor, "token hidden"]:
+        """Return the layer's output."""
+        hidden = self.attention(hidden, batch=batch, rotation=rotation, cache=cache)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentTokens:
+    """Between dispatch and combine: what travels to the experts, and what stays for the sum."""
+
+    dispatched: DispatchedTokens
+    normed: Float[Tensor, "token hidden"]
+    """What the shared experts read."""
+    routing: Routing
+
+
+class MoeBlock(Block):
+    """A layer with routed and shared experts."""
+
+    def __init__(self, config: ModelConfig, *, layer: int) -> None:
+        super().__init__(config, layer=layer)
+        self.mlp = MixtureOfExperts(config)
+        self.has_shared_experts = config.n_shared_experts > 0
+
+    def dispatch(self, hidden: Float[Tensor, "token hidden"], *, through: TokenDispatch) -> SentTokens:
+        """Route the normed tokens and send them to their experts."""
+        normed = self.post_attention_layernorm(hidden)
+        routing = self.mlp.gate(normed)
+        return SentTokens(dispatched=through.dispatch(normed, routing=routing), normed=normed, routing=routing)
+
+    def experts(self, sent: SentTokens) -> Float[Tensor, "row hidden"]:
+        """Run the routed experts held here on what arrived."""
+        return self.mlp.experts(sent.dispatched)
+
+    def combine(
+        self,
+        outputs: Float[Tensor, "row hidden"],
+        *,
+        hidden: Float[Tensor, "token hidden"],
+        sent: SentTokens,
+        through: TokenDispatch,
+    ) -> Float[Tensor, "token hidden"]:
+        """Return hidden + routed + shared (eq. 12)."""
+        total = hidden + through.combine(outputs, dispatched=sent.dispatched)
+        return total + self.mlp.shared_experts(sent.normed) if self.has_shared_experts else total
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "token hidden"],
+        *,
+        batch: TokenBatch,
+        rotation: Rotation,
+        cache: LatentCache | None,
+        dispatch: TokenDispatch,
+    ) -> tuple[Float[Tensor, "token hidden"], Routing]:
+        """Return the layer's output and how its tokens were routed."""
+        hidden = self.attention(hidden, batch=batch, rotation=rotation, cache=cache)
+        sent = self.dispatch(hidden, through=dispatch)
+        outputs = self.experts(sent)
+        return self.combine(outputs, hidden=hidden, sent=sent, through=dispatch), sent.routing

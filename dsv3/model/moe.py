@@ -1,0 +1,86 @@
+"""DeepSeekMoE (report 2.1.2, eq. 12): shared experts for every token, routed experts for those sent to them."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dsv3.config import ModelConfig
+from dsv3.model.interfaces import DispatchedTokens, Routing
+from dsv3.model.linear import Linear
+from dsv3.model.router import Router
+from dsv3.ops.grouped_gemm import grouped_linear
+from dsv3.ops.permute import copy_to_rows, sum_to_tokens
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: W_down(silu(W_gate x) * W_up x). The dense layers, and the shared experts as one network."""
+
+    def __init__(self, hidden_size: int, *, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden_size, intermediate_size)
+        self.up_proj = Linear(hidden_size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Float[Tensor, "token hidden"]) -> Float[Tensor, "token hidden"]:
+        """Return the network's output for every token."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Experts(nn.Module):
+    """The routed experts held here, their weights stacked so that one call serves all."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))  # gate rows, then up rows
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+
+    def forward(self, dispatched: DispatchedTokens) -> Float[Tensor, "row hidden"]:
+        """Return each row's expert output, times the row's gate value.
+
+        The gate multiplies before the down projection, as in the published training trace: the same sum, and the
+        product can be fused into the activation.
+        """
+        counts = dispatched.rows_per_expert
+        both = grouped_linear(dispatched.rows, weight=self.gate_up_proj, rows_per_expert=counts)
+        gate, up = both.chunk(2, dim=-1)
+        active = F.silu(gate) * up * dispatched.gates[:, None].to(both.dtype)
+        return grouped_linear(active, weight=self.down_proj, rows_per_expert=counts)
+
+
+class LocalDispatch:
+    """TokenDispatch for experts that are all on this device: a sort by expert, and back."""
+
+    def dispatch(self, tokens: Float[Tensor, "token hidden"], *, routing: Routing) -> DispatchedTokens:
+        """Copy each token once for every expert chosen for it, grouped by expert."""
+        chosen = routing.experts.shape[1]
+        order = routing.experts.flatten().argsort(stable=True)  # row -> (token, choice)
+        origin = torch.empty_like(order)
+        origin[order] = torch.arange(order.shape[0], device=order.device)
+        source, origin = order // chosen, origin.unflatten(0, (-1, chosen))
+        return DispatchedTokens(
+            rows=copy_to_rows(tokens, source=source, origin=origin),
+            rows_per_expert=routing.load.tolist(),
+            gates=routing.gates.flatten()[order],
+            source=source,
+            origin=origin,
+        )
+
+    def combine(
+        self, outputs: Float[Tensor, "row hidden"], *, dispatched: DispatchedTokens
+    ) -> Float[Tensor, "token hidden"]:
+        """Sum the outputs that belong to one token."""
+        return sum_to_tokens(outputs, source=dispatched.source, origin=dispatched.origin)
+
+
+class MixtureOfExperts(nn.Module):
+    """Router, routed experts and shared experts of one layer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        if config.n_shared_experts:
+            width = config.n_shared_experts * config.moe_intermediate_size
+            self.shared_experts = FeedForward(config.hidden_size, intermediate_size=width)
