@@ -38,7 +38,7 @@ class Router(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         """Move with the module, but keep the bias in FP32: steps of 0.001 are lost on a BF16 bias of 5."""
         bias = self.e_score_correction_bias
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         if bias is not None and self.e_score_correction_bias is not None:
             moved = self.e_score_correction_bias
             if moved.dtype != torch.float32:
