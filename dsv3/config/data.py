@@ -15,7 +15,7 @@ class SourceConfig:
     name: str = ""
     """How reports call it; empty takes the last part of the path."""
     weight: float = 0.0
-    """Share of the training rows drawn from it, relative to the other sources; 0 takes the source's number of tokens."""
+    """Share of the training rows drawn from it, relative to the other sources; 0 takes its number of tokens."""
 
     def __post_init__(self) -> None:
         require_not_negative(self, "weight")

@@ -1,6 +1,6 @@
 """A whole pre-training run: what a recipe returns and what a run folder's `config.json` holds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dsv3.config.balance import BalanceConfig
 from dsv3.config.check import require_choice, require_not_negative, require_positive
@@ -64,15 +64,15 @@ class PretrainConfig:
 
     recipe: str = ""
     """Name of the recipe this came from."""
-    model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
-    batch: BatchConfig = BatchConfig()
-    optim: OptimConfig = OptimConfig()
-    mtp: MtpLossConfig = MtpLossConfig()
-    balance: BalanceConfig = BalanceConfig()
-    snapshot: SnapshotConfig = SnapshotConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    runtime: RuntimeConfig = RuntimeConfig()
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    mtp: MtpLossConfig = field(default_factory=MtpLossConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    snapshot: SnapshotConfig = field(default_factory=SnapshotConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     total_tokens: int = 14_800_000_000_000
     """Training ends with the step that reaches this many tokens."""
 

@@ -59,7 +59,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
-    """Sequence length and the growth of the batch (report 4.2). The shape of the ramp is unpublished: linear in tokens."""
+    """Sequence length and the growth of the batch (report 4.2). Shape of the ramp unpublished: linear in tokens."""
 
     sequence_length: int = 4096
     """T: tokens of one packed row."""
