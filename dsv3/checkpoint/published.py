@@ -1,0 +1,142 @@
+"""Weights in the published format: files to model, model to files, files to files.
+
+The names of tensors are in `names.py`, reading and its checks in `reader.py`, writing in `writer.py`.
+"""
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dsv3.checkpoint.names import PublishedTensor
+from dsv3.checkpoint.reader import PublishedReader, is_published_folder
+from dsv3.checkpoint.writer import write_published
+from dsv3.config.files import read_json
+from dsv3.errors import CheckpointError
+from dsv3.model.transformer import Transformer
+from dsv3.runtime.log import get_logger
+
+__all__ = ["convert_published", "is_published_folder", "load_published", "save_published"]
+
+MAX_SHARD_BYTES = 5_000_000_000
+"""Five gigabytes a file, the size of most published checkpoints."""
+
+
+def load_published(folder: Path, *, dtype: torch.dtype, device: torch.device | str) -> Transformer:
+    """Return the model in `folder`, its weights in `dtype` and its router biases in FP32.
+
+    Tensor by tensor, from memory-mapped files: the model is never held twice. FP8 weights are dequantised. A model
+    that transformers saved has lost its MTP modules and comes back with `num_nextn_predict_layers` = 0; what was
+    assumed is logged. The files order eh_proj embedding first, and so does the model that comes back.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or tensors are missing, unexpected or misshapen.
+        ConfigError: config.json asks for what is not implemented.
+    """
+    reader = PublishedReader(Path(folder))
+    for note in reader.notes:
+        get_logger(__name__).warning("%s: %s", folder, note)
+    with torch.device("meta"):
+        model = Transformer(reader.config)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    tensors: dict[str, Tensor] = {}
+    for tensor in reader.layout:
+        if tensor.is_copy:
+            _compare_copy(reader, tensor=tensor)
+            continue
+        if tensor.source not in tensors:
+            kept = torch.float32 if tensor.stays_float32 else dtype
+            tensors[tensor.source] = torch.empty(shapes[tensor.source], dtype=kept, device=device)
+        tensor.part_of(tensors[tensor.source]).copy_(reader.read(tensor))
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def save_published(
+    model: Transformer,
+    *,
+    folder: Path,
+    tokenizer_folder: Path | None,
+    dtype: torch.dtype = torch.bfloat16,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+) -> None:
+    """Write the model to `folder` in the published format, with index, config.json and tokenizer files.
+
+    The folder appears whole or not at all. An earlier export there is replaced; a folder with anything else in it is
+    refused unless `overwrite`. A model with `mtp_concat_order = 'hidden_first'` is written in the published order:
+    the halves of eh_proj are exchanged, which changes nothing that it computes.
+
+    Raises:
+        CheckpointError: the folder is in use, cannot be written, or the disk is full.
+    """
+    state = model.state_dict()
+    write_published(
+        Path(folder),
+        config=model.config,
+        read=lambda tensor: _published_value(tensor, ours=state[tensor.source]),
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        tokenizer_folder=tokenizer_folder,
+        overwrite=overwrite,
+    )
+
+
+def convert_published(
+    source: Path,
+    *,
+    folder: Path,
+    dtype: torch.dtype,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+) -> None:
+    """Write the published folder `source` again as `folder`: in another type, complete in its config.json.
+
+    No model is made and at most one shard is in memory, so a checkpoint larger than memory can be converted; FP8
+    becomes `dtype`. Tokenizer files and generation settings come along.
+
+    Raises:
+        CheckpointError: `source` cannot be read, or `folder` cannot be written.
+    """
+    if folder.resolve() == source.resolve():
+        raise CheckpointError(f"{source} cannot be converted onto itself; give another folder")
+    reader = PublishedReader(source)
+    for note in reader.notes:
+        get_logger(__name__).warning("%s: %s", source, note)
+    main = {tensor.source: tensor for tensor in reader.layout if not tensor.is_copy}
+    generation = source / "generation_config.json"
+    write_published(
+        folder,
+        config=reader.config,
+        # A copy that the source has left out, or has let drift, is written from the tensor it repeats.
+        read=lambda tensor: reader.read(main[tensor.source] if tensor.is_copy else tensor),
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        tokenizer_folder=source if (source / "tokenizer.json").is_file() else None,
+        generation_config=read_json(generation) if generation.is_file() else None,
+        overwrite=overwrite,
+    )
+
+
+def _published_value(tensor: PublishedTensor, *, ours: Tensor) -> Tensor:
+    part = tensor.part_of(ours)
+    return exchange_halves(part) if tensor.swapped_halves else part
+
+
+def exchange_halves(weight: Float[Tensor, "hidden two_hidden"]) -> Float[Tensor, "hidden two_hidden"]:
+    """Return eh_proj for its two inputs in the other order."""
+    left, right = weight.chunk(2, dim=1)
+    return torch.cat((right, left), dim=1)
+
+
+def _compare_copy(reader: PublishedReader, *, tensor: PublishedTensor) -> None:
+    """Say so when the file's copy of embedding or head, for the MTP modules, is not what the main model has."""
+    main = next(other for other in reader.layout if other.source == tensor.source and not other.is_copy)
+    if not torch.equal(reader.stored(main.name), reader.stored(tensor.name)):
+        get_logger(__name__).warning(
+            "%s: %s differs from %s, of which it should be a copy; the latter is used",
+            reader.folder,
+            tensor.name,
+            main.name,
+        )

@@ -1,0 +1,213 @@
+"""A folder in the published format, written: safetensors shards with an index, config.json, tokenizer files.
+
+One shard at a time is in memory. The folder is made under another name and renamed when it is whole, so a reader
+finds the old export or the new one.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dsv3.checkpoint.names import PublishedTensor, published_layout
+from dsv3.checkpoint.reader import INDEX_FILE
+from dsv3.config import ModelConfig
+from dsv3.config.published import notes_for_peers, published_from_model_config
+from dsv3.errors import CheckpointError, ConfigError, TokenizerError
+from dsv3.runtime.log import get_logger
+
+PRODUCER = "dsv3"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def write_published(
+    folder: Path,
+    *,
+    config: ModelConfig,
+    read: Callable[[PublishedTensor], Tensor],
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    tokenizer_folder: Path | None,
+    generation_config: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write the model whose tensors `read` returns, as `folder`.
+
+    Weights are cast to `dtype`; router biases stay in FP32, as in the released files. A folder that an earlier call
+    wrote is replaced; any other that has something in it is refused, unless `overwrite`.
+
+    Raises:
+        CheckpointError: the folder is in use, cannot be written, or the disk is full.
+        ConfigError: a dtype that weights are not published in.
+        TokenizerError: `tokenizer_folder` has no tokenizer.json.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"weights cannot be written in {dtype}; use {', '.join(str(known) for known in DTYPES)}")
+    if tokenizer_folder is not None and not (tokenizer_folder / "tokenizer.json").is_file():
+        raise TokenizerError(f"{tokenizer_folder} has no tokenizer.json to write beside the weights")
+    folder = folder.resolve()
+    _require_free(folder, overwrite=overwrite)
+    for note in notes_for_peers(config):
+        get_logger(__name__).warning("%s", note)
+    partial = folder.with_name(f".{folder.name}.partial")
+    layout = published_layout(config)
+    try:
+        _make_empty(partial)
+        _require_space(partial, needed=sum(_num_bytes(tensor, dtype=dtype) for tensor in layout))
+        _write_weights(partial, layout=layout, read=read, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        published = published_from_model_config(config, dtype=str(dtype).removeprefix("torch."))
+        _write_json(partial / "config.json", values=published)
+        tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+        _write_json(partial / "generation_config.json", values=generation_config or tokens)
+        if tokenizer_folder is not None:
+            _copy_tokenizer(tokenizer_folder, target=partial)
+        _put_in_place(partial, target=folder)
+    except (OSError, SafetensorError) as error:
+        raise _explain(error, folder=folder) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def shards_of(
+    layout: Sequence[PublishedTensor], *, dtype: torch.dtype, max_shard_bytes: int
+) -> list[list[PublishedTensor]]:
+    """Return the tensors of each shard, in order, none over the limit but for a tensor that is so by itself."""
+    shards: list[list[PublishedTensor]] = [[]]
+    room = max_shard_bytes
+    for tensor in layout:
+        size = _num_bytes(tensor, dtype=dtype)
+        if size > room and shards[-1]:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(tensor)
+        room -= size
+    return shards
+
+
+def _write_weights(
+    folder: Path,
+    *,
+    layout: Sequence[PublishedTensor],
+    read: Callable[[PublishedTensor], Tensor],
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+) -> None:
+    shards = shards_of(layout, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    placed: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {tensor.name: _to_store(read(tensor), tensor=tensor, dtype=dtype) for tensor in shard}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        placed |= dict.fromkeys(tensors, name)
+    total = sum(_num_bytes(tensor, dtype=dtype) for tensor in layout)
+    index = {"metadata": {"total_size": total, "producer": PRODUCER}, "weight_map": dict(sorted(placed.items()))}
+    _write_json(folder / INDEX_FILE, values=index)
+
+
+def _to_store(value: Tensor, *, tensor: PublishedTensor, dtype: torch.dtype) -> Tensor:
+    assert tuple(value.shape) == tensor.shape, tensor.name
+    stored = value.detach().to("cpu", _stored_type(tensor, dtype=dtype)).contiguous()
+    # Within a file no two tensors may share memory, and a copy shares that of what it repeats.
+    return stored.clone() if tensor.is_copy else stored
+
+
+def _stored_type(tensor: PublishedTensor, *, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if tensor.stays_float32 else dtype
+
+
+def _num_bytes(tensor: PublishedTensor, *, dtype: torch.dtype) -> int:
+    return torch.Size(tensor.shape).numel() * _stored_type(tensor, dtype=dtype).itemsize
+
+
+def _copy_tokenizer(source: Path, *, target: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _write_json(path: Path, *, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _make_empty(folder: Path) -> None:
+    """Make the folder, without what a killed call may have left in it."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _require_free(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a folder whose contents somebody would miss: anything but an empty one or an earlier export of ours."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; give the name of a folder to write")
+    names = sorted(path.name for path in folder.iterdir())
+    if overwrite or not names or _is_ours(folder, names=names):
+        return
+    raise CheckpointError(
+        f"{folder} already holds {', '.join(names[:5])}{' and more' if len(names) > 5 else ''}, which dsv3 did not "
+        "write there; give another folder, or say that it may be overwritten"
+    )
+
+
+def _is_ours(folder: Path, *, names: list[str]) -> bool:
+    try:
+        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+        written = {*index["weight_map"].values(), INDEX_FILE, "config.json", "generation_config.json", *TOKENIZER_FILES}
+        return index["metadata"]["producer"] == PRODUCER and written.issuperset(names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _require_space(folder: Path, *, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{needed / 1e9:,.2f} GB are needed and {free / 1e9:,.2f} GB are free")
+
+
+def _put_in_place(partial: Path, *, target: Path) -> None:
+    """Force the finished folder to the disk and give it its name; only then does what had the name go."""
+    for path in (*partial.iterdir(), partial):
+        _force_to_disk(path)
+    aside = target.with_name(f".{target.name}.replaced")
+    shutil.rmtree(aside, ignore_errors=True)
+    if target.exists():
+        target.rename(aside)
+    partial.rename(target)
+    _force_to_disk(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _force_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _explain(error: Exception, *, folder: Path) -> CheckpointError:
+    detail = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    full = isinstance(error, OSError) and error.errno in DISK_IS_FULL
+    if full or any(f"os error {code}" in str(error) for code in DISK_IS_FULL):
+        return CheckpointError(
+            f"the disk is full: {folder} was not written ({detail}); make room or give another folder"
+        )
+    return CheckpointError(f"{folder} was not written: {detail}; give a folder that can be written")
