@@ -64,11 +64,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if weights is not None:
                 coefficient = coefficient * weights[rows].to(accumulator)
             index = target.clamp(min=0)[:, None]
-            normaliser = logits.logsumexp(-1, keepdim=True)
-            total += ((normaliser - logits.gather(1, index)).squeeze(1) * coefficient).sum()
+            log_probability = logits.log_softmax(-1)
+            total -= (log_probability.gather(1, index).squeeze(1) * coefficient).sum()
             if of_hidden is not None and of_weight is not None:
-                # d nll / d logits = softmax(logits) - onehot(target), in place of the logits.
-                slope = logits.sub_(normaliser).exp_()
+                # d nll / d logits = softmax(logits) - onehot(target), in place of the log-probabilities.
+                slope = log_probability.exp_()
                 slope.scatter_add_(1, index, torch.full_like(index, -1, dtype=accumulator))
                 slope.mul_(coefficient[:, None])
                 slope = slope.to(hidden.dtype)
