@@ -4,8 +4,7 @@ The bias rule has no gradient and the losses have no memory; both read what `Rou
 module is treated as every other (the report does not say; serving engines carry a bias for it).
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -14,12 +13,7 @@ from torch import Tensor
 from dsv3.batch import TokenBatch
 from dsv3.config import BalanceConfig, ModelConfig
 from dsv3.model.interfaces import ModelOutput, Routing
-
-
-class BiasedRouter(Protocol):
-    """The part of a router that balancing touches."""
-
-    e_score_correction_bias: Tensor | None
+from dsv3.model.router import Router
 
 
 def balance_loss(
@@ -124,9 +118,7 @@ def v2_losses(
 
 
 @torch.no_grad()
-def update_router_biases(
-    routers: Iterable[BiasedRouter], *, loads: Sequence[Int[Tensor, " expert"]], speed: float
-) -> None:
+def update_router_biases(routers: Sequence[Router], *, loads: Sequence[Int[Tensor, " expert"]], speed: float) -> None:
     """Move each router's bias by `speed`: up for experts below the mean load, down above, not at all on it.
 
     `loads` must be those of the whole batch, all micro-batches and ranks together: the rule is about a step, and

@@ -1,0 +1,212 @@
+"""One optimizer step: the spine of training.
+
+    micro-batches -> forward -> loss -> backward -> clip -> optimizer -> balance update -> weight average
+
+Nothing is changed before loss and gradients have been found finite.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from dsv3.batch import TokenBatch
+from dsv3.config import PretrainConfig
+from dsv3.errors import NonFiniteError
+from dsv3.model.transformer import Transformer
+from dsv3.train.balance import max_violation, plain_top_k_counts, update_router_biases
+from dsv3.train.ema import WeightAverage
+from dsv3.train.loss import LossParts, WholeBatch, pretraining_loss
+from dsv3.train.optimizer import AdamW
+from dsv3.train.schedule import bias_update_speed, learning_rate, mtp_loss_weight
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """Everything a step changes, and the configuration it follows. A snapshot holds all of it."""
+
+    config: PretrainConfig
+    model: Transformer
+    optimizer: AdamW
+    average: WeightAverage | None
+    """None when `ema_decay` is 0."""
+    step: int = 0
+    """Optimizer steps taken."""
+    tokens: int = 0
+    """Tokens seen in them. Rows are drawn in order, so this is also where the data stands."""
+    describe_rows: Callable[[range], str] = str
+    """Says which documents rows of the data come from, for the message when a step must not be taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """What one step reports."""
+
+    step: int
+    """Counted from 1."""
+    tokens: int
+    """Seen in total, this step included."""
+    loss: float
+    """Next-token loss in nats a token, before the step changed the weights."""
+    mtp_loss: tuple[float, ...]
+    mtp_weight: float
+    balance_loss: float
+    gradient_norm: float
+    """Before clipping."""
+    learning_rate: float
+    batch_sequences: int
+    bias_update_speed: float
+    load: tuple[Int[Tensor, " expert"], ...]
+    """Tokens sent to each expert, for every MoE layer, MTP modules last; on the CPU."""
+
+    @property
+    def max_violation(self) -> list[float]:
+        """MaxVio of the batch, for every MoE layer."""
+        return [max_violation(load) for load in self.load]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Passes:
+    """What the forward and backward passes of all micro-batches leave, besides gradients."""
+
+    parts: list[LossParts]
+    load: list[Int[Tensor, " expert"]]
+
+
+def train_step(state: TrainState, *, batches: Sequence[TokenBatch]) -> StepMetrics:
+    """Take one step on a batch, given as micro-batches on the model's device, and change `state` in place.
+
+    Schedules are read at the tokens seen before the step. Router biases move after the weights, by the load of all
+    micro-batches together; so the choice made in this step never depends on tokens of this step (report 2.1.2).
+
+    Raises:
+        NonFiniteError: a loss or gradient is NaN or infinite. Weights, moments, biases and counts are untouched.
+    """
+    config, step = state.config, state.step + 1
+    mtp_weight = mtp_loss_weight(config.mtp, tokens=state.tokens)
+    rate = learning_rate(config.optim.learning_rate, step=step, tokens=state.tokens)
+    speed = bias_update_speed(config.balance, tokens=state.tokens)
+
+    state.model.train()
+    state.optimizer.forget_gradients()
+    whole = _count_whole_batch(state, batches=batches)
+    passes = _forward_backward(state, batches=batches, whole=whole, mtp_weight=mtp_weight)
+    norm = state.optimizer.gradient_norm()
+    _require_finite(state, passes=passes, norm=norm, batches=batches, whole=whole, mtp_weight=mtp_weight)
+
+    state.optimizer.step(learning_rate=rate, gradient_norm=norm)
+    state.optimizer.forget_gradients()
+    routers = state.model.routers()[: len(passes.load)]  # without those of MTP modules that did not run
+    update_router_biases(routers, loads=passes.load, speed=speed)
+    if state.average is not None:
+        state.average.update(state.optimizer.master)
+    state.step = step
+    state.tokens += sum(batch.num_tokens for batch in batches)
+    return StepMetrics(
+        step=step,
+        tokens=state.tokens,
+        loss=sum(part.next_token.item() for part in passes.parts),
+        mtp_loss=tuple(sum(values) for values in zip(*_mtp_values(passes), strict=True)),
+        mtp_weight=mtp_weight,
+        balance_loss=sum(part.balance.item() for part in passes.parts),
+        gradient_norm=norm,
+        learning_rate=rate,
+        batch_sequences=whole.num_sequences,
+        bias_update_speed=speed,
+        load=tuple(load.cpu() for load in passes.load),
+    )
+
+
+def _forward_backward(
+    state: TrainState, *, batches: Sequence[TokenBatch], whole: WholeBatch, mtp_weight: float
+) -> _Passes:
+    parts: list[LossParts] = []
+    load: list[Tensor] = []
+    for batch in batches:
+        output = state.model(batch, mtp=mtp_weight > 0)
+        loss = pretraining_loss(
+            state.model,
+            output=output,
+            batch=batch,
+            whole=whole,
+            mtp_weight=mtp_weight,
+            balance=state.config.balance,
+        )
+        loss.total.backward()
+        state.optimizer.accumulate()
+        parts.append(_detached(loss))
+        here = [routing.load for routing in output.routings]
+        load = [sofar + new for sofar, new in zip(load, here, strict=True)] if load else here
+    return _Passes(parts=parts, load=load)
+
+
+def _count_whole_batch(state: TrainState, *, batches: Sequence[TokenBatch]) -> WholeBatch:
+    """Count targets and sequences; for 'batch_loss' over several micro-batches, run them once to count experts too.
+
+    The frequencies of that loss belong to the whole batch, and are needed before the first gradient.
+    """
+    whole = WholeBatch.of(batches)
+    if state.config.balance.method != "batch_loss" or len(batches) == 1:
+        return whole
+    counts: list[Tensor] = []
+    with torch.no_grad():
+        for batch in batches:
+            here = [plain_top_k_counts(routing) for routing in state.model(batch, mtp=True).routings]
+            counts = [sofar + new for sofar, new in zip(counts, here, strict=True)] if counts else here
+    return replace(whole, plain_top_k=counts)
+
+
+def _require_finite(
+    state: TrainState,
+    *,
+    passes: _Passes,
+    norm: float,
+    batches: Sequence[TokenBatch],
+    whole: WholeBatch,
+    mtp_weight: float,
+) -> None:
+    for index, part in enumerate(passes.parts):
+        if not math.isfinite(part.total.item()):
+            _stop(state, batches=batches, index=index, what=f"the loss is {part.total.item()}")
+    if math.isfinite(norm):
+        return
+    # Which rows? Each micro-batch once more, by itself: the weights are still those that met the fault.
+    for index, batch in enumerate(batches):
+        state.optimizer.forget_gradients()
+        _forward_backward(state, batches=[batch], whole=whole, mtp_weight=mtp_weight)
+        if not math.isfinite(state.optimizer.gradient_norm()):
+            gradients = state.optimizer.gradients.items()
+            names = [name for name, gradient in gradients if not gradient.isfinite().all()]
+            where = f"the gradient of {names[0]}" if names else "the norm of the gradients"
+            _stop(state, batches=batches, index=index, what=f"{where} is not finite")
+    _stop(state, batches=batches, index=None, what="the sum of the gradients is not finite")
+
+
+def _stop(state: TrainState, *, batches: Sequence[TokenBatch], index: int | None, what: str) -> NoReturn:
+    """Raise with the rows that were being read, counted as the loader counts them."""
+    state.optimizer.forget_gradients()
+    sizes = [len(batch.lengths) for batch in batches]
+    first = state.tokens // state.config.batch.sequence_length + sum(sizes[: index or 0])
+    count = sum(sizes) if index is None else sizes[index]
+    rows = range(first, first + count)
+    raise NonFiniteError(
+        f"step {state.step + 1} cannot be taken: {what}, in rows {rows.start} to {rows.stop - 1} of the data "
+        f"({state.describe_rows(rows)})"
+    )
+
+
+def _detached(loss: LossParts) -> LossParts:
+    return LossParts(
+        total=loss.total.detach(),
+        next_token=loss.next_token.detach(),
+        mtp=tuple(part.detach() for part in loss.mtp),
+        balance=loss.balance.detach(),
+    )
+
+
+def _mtp_values(passes: _Passes) -> list[list[float]]:
+    return [[value.item() for value in part.mtp] for part in passes.parts]
