@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-from matplotlib import rc_context
 
 Values = npt.NDArray[np.float64]
 
@@ -107,8 +107,7 @@ def line_chart(
         draw_levels(axes, levels, height=height)
         return svg_of(figure, name=f"{name}-{variant}")
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 12.0, "path.simplify": True}
-    with rc_context(style):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 12.0, "path.simplify": True}):
         wide = draw(430, 250, "wide") if is_half else draw(880, 320, "wide")
         narrow = draw(360, 260, "narrow")
     return Chart(wide=wide, narrow=narrow, legend=tuple((line.colour, line.label) for line in lines if line.label))
@@ -216,7 +215,7 @@ def heat_image(loads: npt.NDArray[np.float64]) -> str:
     columns = np.stack([part.mean(axis=0) for part in np.array_split(loads, num_columns)])
     pixels = HEAT_COLOURS(np.clip(columns.T / FULL_HEAT, 0.0, 1.0), bytes=True)[:, :, :3]
     buffer = io.BytesIO()
-    imsave(buffer, pixels, format="png", metadata={"Software": None})
+    imsave(buffer, pixels, format="png", metadata={"Software": "dsv3"})
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 

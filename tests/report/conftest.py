@@ -19,7 +19,7 @@ SAMPLES = {
         "self self = = (\n\n\n    the",
         "    return self.path\n\n    def __init__(self, path):\n        self.path = path",
         '    """Return the lines of a file."""\n    with open(path) as file:\n        return file.read()',
-        '    """Return the lines of a file."""\n    with open(path) as file:\n        for line in file:\n            yield line',
+        '    """Return the lines of a file."""\n    with open(path) as file:\n        yield from file',
     ),
 }
 BASELINES = (
