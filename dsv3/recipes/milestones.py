@@ -50,7 +50,8 @@ def milestones(total_tokens: int) -> Milestones:
 def learning_rate(peak: float, *, total_tokens: int, warmup_steps: int) -> LearningRateConfig:
     """Return the published course of the learning rate for another peak and length.
 
-    The two constants keep their published ratio to the peak (2.2e-5 and 7.3e-6 to 2.2e-4). `warmup_steps` is given
+    The two constants keep their published ratio to the peak (2.2e-5 and 7.3e-6 to 2.2e-4), rounded to
+    twelve decimals so that they can be read. `warmup_steps` is given
     apart, since the report counts it in optimizer steps.
     """
     scaled = milestones(total_tokens)
@@ -59,7 +60,7 @@ def learning_rate(peak: float, *, total_tokens: int, warmup_steps: int) -> Learn
         warmup_steps=warmup_steps,
         constant_until_tokens=scaled.constant_until_tokens,
         cosine_until_tokens=scaled.cosine_until_tokens,
-        cosine_floor=peak * 22 / 220,
+        cosine_floor=round(peak * 22 / 220, 12),
         hold_until_tokens=scaled.hold_until_tokens,
-        final=peak * 7.3 / 220,
+        final=round(peak * 7.3 / 220, 12),
     )

@@ -1,0 +1,104 @@
+"""`dsv3`: the entry point, its verbs, and how errors reach the person at the keyboard."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Annotated
+
+import typer
+
+from dsv3 import __version__
+from dsv3.errors import Dsv3Error
+from dsv3.runtime.log import show_log
+
+VERBS = ("quickstart", "inspect", "prepare", "pretrain", "generate", "chat", "evaluate", "convert", "report")
+"""One file each in this folder, with a function `register(app)`; the help lists them in this order."""
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+# typer used to depend on click and now carries its own copy, so the class is reached through a name both have.
+_UsageError: type[Exception] = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "UsageError")
+
+
+@dataclass
+class Options:
+    """What is said before the verb."""
+
+    traceback: bool = False
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave the process: 0 when done, 2 for the user to mend, 130 after Ctrl-C.
+
+    An error of the user's is one line on the error stream. A traceback means a bug of ours, or `--traceback`.
+    """
+    options = Options()
+    sys.exit(_run(build_app(options), options=options, arguments=arguments))
+
+
+def build_app(options: Options) -> typer.Typer:
+    """Make the application with all its verbs."""
+    app = typer.Typer(
+        name="dsv3",
+        help="DeepSeek-V3, whole: train it, look into it, talk to it.",
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    @app.callback(invoke_without_command=True)
+    def before_the_verb(
+        context: typer.Context,
+        version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+        quiet: Annotated[bool, typer.Option("--quiet", help="Log warnings only.")] = False,
+        traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
+    ) -> None:
+        options.traceback = traceback
+        if version:
+            typer.echo(f"dsv3 {__version__}")
+            raise typer.Exit
+        if context.invoked_subcommand is None:
+            typer.echo(context.get_help())
+            raise typer.Exit
+        show_log(level=logging.WARNING if quiet else logging.INFO)
+
+    for verb in VERBS:
+        if find_spec(f"dsv3.cli.{verb}") is not None:
+            import_module(f"dsv3.cli.{verb}").register(app)
+    return app
+
+
+def _run(app: typer.Typer, *, options: Options, arguments: Sequence[str] | None) -> int:
+    """Run the verb and return the exit status."""
+    try:
+        status = app(args=None if arguments is None else list(arguments), prog_name="dsv3", standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except typer.Abort as abort:
+        return INTERRUPTED if isinstance(abort.__cause__, KeyboardInterrupt) else 1
+    except Dsv3Error as error:
+        if options.traceback:
+            raise
+        return _complain(str(error))
+    except _UsageError as error:
+        return _complain(f"{error.format_message()} ('dsv3 --help' lists what there is)")  # type: ignore[attr-defined]
+    except OSError as error:
+        # A full disk, a folder one may not write to: the machine's errors, which name the file themselves.
+        if options.traceback or error.strerror is None:
+            raise
+        return _complain(f"{error.strerror}: {error.filename}" if error.filename else error.strerror)
+
+
+def _complain(message: str) -> int:
+    # Breaking lines where a message has them would make "one line" depend on the message.
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    return USER_ERROR
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Bytes of weights and training state, by formula.
+
+What the intermediate results of a forward pass take is not here: it hangs on the micro-batch and on what is
+recomputed, and is not a matter of counting parameters.
+"""
+
+from dataclasses import dataclass
+
+from dsv3.config import ModelConfig, PretrainConfig
+from dsv3.errors import ConfigError
+from dsv3.plan.counts import count_parameters
+from dsv3.plan.published_tensors import published_tensors
+
+WEIGHT_PRECISIONS = ("float32", "bfloat16", "fp8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingMemory:
+    """Bytes that training holds between steps, all ranks together, nothing held twice."""
+
+    weights: int
+    """What the model computes with."""
+    master: int
+    """FP32 copy that the optimiser steps; 0 where the weights are FP32 themselves."""
+    gradients: int
+    """FP32 sums over micro-batches, and beside them the gradient of one micro-batch where that has a narrower type."""
+    moments: int
+    """Both moments of AdamW."""
+    average: int
+    """The running average of the weights, in CPU memory whatever the device (report 3.2.3)."""
+
+    @property
+    def on_device(self) -> int:
+        """Everything but the average."""
+        return self.weights + self.master + self.gradients + self.moments
+
+
+def training_memory(config: PretrainConfig, *, dtype: str) -> TrainingMemory:
+    """Return the bytes of weights, gradients and optimiser state when computing in `dtype`: 'float32' or 'bfloat16'.
+
+    MTP modules are trained and counted; embedding and head are shared with them and counted once. Router biases have
+    no gradient and no moments, and stay FP32. Activations are not in it.
+
+    Source: report 3.3 (FP32 master weights and gradients, BF16 moments).
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"training memory was asked for in '{dtype}'; choose 'float32' or 'bfloat16'")
+    learned = _stored(config.model) - _biases(config.model)
+    narrow = dtype == "bfloat16"
+    return TrainingMemory(
+        weights=weight_bytes(config.model, precision=dtype),
+        master=4 * learned if narrow else 0,
+        gradients=(4 + 2) * learned if narrow else 4 * learned,
+        moments=2 * learned * (2 if config.optim.bf16_moments else 4),
+        average=4 * learned if config.optim.ema_decay > 0 else 0,
+    )
+
+
+def weight_bytes(model: ModelConfig, *, precision: str) -> int:
+    """Return the bytes of all weights in memory, MTP modules included, embedding and head once.
+
+    'fp8' is the published format: E4M3 with block scales where it has them and BF16 elsewhere. Router biases are FP32
+    in all three.
+    """
+    if precision == "fp8":
+        copies = (".embed_tokens.weight", ".shared_head.head.weight")  # of embedding and head, within the MTP modules
+        return sum(
+            tensor.num_bytes
+            for tensor in published_tensors(model, fp8=True)
+            if not (tensor.name.startswith("model.layers.") and tensor.name.endswith(copies))
+        )
+    if precision not in WEIGHT_PRECISIONS:
+        raise ConfigError(f"weights were asked for in '{precision}'; choose one of {', '.join(WEIGHT_PRECISIONS)}")
+    biases = _biases(model)
+    return 4 * biases + (_stored(model) - biases) * (4 if precision == "float32" else 2)
+
+
+def _stored(model: ModelConfig) -> int:
+    counts = count_parameters(model)
+    return counts.total + counts.mtp
+
+
+def _biases(model: ModelConfig) -> int:
+    counts = count_parameters(model)
+    if not model.has_router_bias:
+        return 0
+    in_mtp = sum(
+        model.is_moe_layer(model.num_hidden_layers + module) for module in range(model.num_nextn_predict_layers)
+    )
+    return counts.router_biases + in_mtp * model.n_routed_experts

@@ -1,0 +1,30 @@
+"""What the program says while it works: standard logging under the name `dsv3`, silent until a program turns it on."""
+
+import logging
+from functools import cache
+
+ROOT = "dsv3"
+
+
+def get_logger(name: str) -> logging.Logger:
+    """Return the logger of a module; pass `__name__`. A name outside the package is put under it."""
+    return logging.getLogger(name if name == ROOT or name.startswith(f"{ROOT}.") else f"{ROOT}.{name}")
+
+
+@cache
+def say_once(message: str, *, level: int = logging.INFO) -> None:
+    """Log a message the first time it is given in this process, such as a choice that every module makes again."""
+    get_logger(ROOT).log(level, message)
+
+
+def show_log(*, level: int = logging.INFO) -> None:
+    """Print the log to the terminal's error stream, through rich. For programs; a library leaves this to its user."""
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    logger = get_logger(ROOT)
+    logger.setLevel(level)
+    if not any(isinstance(handler, RichHandler) for handler in logger.handlers):
+        handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False, show_time=False)
+        logger.addHandler(handler)
+        logger.propagate = False
