@@ -1,0 +1,209 @@
+"""Training rows by number: a pure function of the seed and the row's index, so that resuming needs no state.
+
+Row i of a run is the same row on any number of ranks and after any number of restarts.
+"""
+
+from bisect import bisect_right
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from numpy import ndarray
+from torch import Tensor
+
+from dsv3.batch import IGNORE, TokenBatch
+from dsv3.config import PretrainConfig
+from dsv3.data.chance import hash_parts
+from dsv3.data.corpus import named_sources
+from dsv3.data.mixture import Mixture
+from dsv3.data.packing import Packing, pack
+from dsv3.data.permutation import permuted
+from dsv3.data.prepared import PreparedCorpus
+from dsv3.data.shards import Shard, load_array, save_array, shard_files
+from dsv3.errors import ConfigError, DataError
+
+FILLER = -1
+"""Where a row has no token: at the end of the few rows that no document fills."""
+MAX_OPEN_SHARDS = 64
+"""Shards mapped at a time for one source; each holds a file open."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Location:
+    """Part of a document that lies in a row."""
+
+    source: str
+    document: str
+    offset: int
+    """First token of the document that is in the row; BOS is token 0."""
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PackedShard:
+    shard: Shard
+    packing: Packing
+
+
+class _SourceRows:
+    """The rows of one source: shards one after the other, each packed by itself."""
+
+    def __init__(self, folder: Path, *, vocab_size: int, sequence_length: int) -> None:
+        self.folder = folder
+        self.vocab_size = vocab_size
+        self.sequence_length = sequence_length
+        self._open: OrderedDict[int, _PackedShard] = OrderedDict()
+
+    @cached_property
+    def files(self) -> list[Path]:
+        return list(shard_files(self.folder))
+
+    @cached_property
+    def last_rows(self) -> list[int]:
+        """Number of rows up to and including each shard."""
+        packings = (packed_rows(Shard(file, vocab_size=self.vocab_size), self.sequence_length) for file in self.files)
+        return list(accumulate(packing.num_rows for packing in packings))
+
+    @property
+    def num_rows(self) -> int:
+        return self.last_rows[-1] if self.last_rows else 0
+
+    def find(self, row: int) -> tuple[_PackedShard, Int[ndarray, "piece 3"]]:
+        """Return the shard that holds a row of this source, and the pieces of the row."""
+        place = bisect_right(self.last_rows, row)
+        if place not in self._open:
+            shard = Shard(self.files[place], vocab_size=self.vocab_size)
+            self._open[place] = _PackedShard(shard=shard, packing=packed_rows(shard, self.sequence_length))
+            if len(self._open) > MAX_OPEN_SHARDS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(place)
+        packed = self._open[place]
+        return packed, packed.packing.row(row - (self.last_rows[place - 1] if place else 0))
+
+
+class RowLoader:
+    """Rows of `sequence_length + 1` tokens for training, mixed by weight, shuffled within each source."""
+
+    def __init__(self, prepared: PreparedCorpus, *, config: PretrainConfig, sequence_length: int, seed: int) -> None:
+        """Open a prepared corpus.
+
+        Weights come from `config.data.sources`; sources whose package is absent are left out.
+
+        Raises:
+            ConfigError: the configuration names other sources than the corpus holds, or weighs only some of them.
+            DataError: a file of the corpus is missing or damaged.
+        """
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self.sources = prepared.sources
+        self._rows = [
+            _SourceRows(prepared.source_folder(source), vocab_size=prepared.vocab_size, sequence_length=sequence_length)
+            for source in prepared.sources
+        ]
+        self._mixture = Mixture(source_weights(prepared, config=config), seed=seed)
+        self._pad_id = prepared.tokenizer().pad_id
+        for source, rows in zip(self.sources, self._rows, strict=True):
+            if not rows.num_rows:
+                raise DataError(f"the corpus at {prepared.folder} has no rows of '{source.name}'; prepare it again")
+
+    @property
+    def rows_per_epoch(self) -> dict[str, int]:
+        """Rows of each source; it begins again, in another order, when they have all been used."""
+        return {source.name: rows.num_rows for source, rows in zip(self.sources, self._rows, strict=True)}
+
+    def rows(self, start: int, *, count: int, rank: int = 0, world_size: int = 1) -> Int[Tensor, "row length_plus_one"]:
+        """Return this rank's share of rows `start` to `start + count`: every `world_size`-th from `start + rank` on.
+
+        A place without a token holds `FILLER`, always at the end of a row; `batch` gives such places no target.
+        """
+        indices = range(start + rank, start + count, world_size)
+        rows = np.full((len(indices), self.sequence_length + 1), FILLER, dtype=np.int64)
+        for place, index in enumerate(indices):
+            source, row = self._source_row(index)
+            packed, pieces = self._rows[source].find(row)
+            filled = 0
+            for document, offset, length in pieces.tolist():
+                begin = int(packed.shard.offsets[document]) + offset
+                rows[place, filled : filled + length] = packed.shard.tokens[begin : begin + length]
+                filled += length
+        return torch.from_numpy(rows)
+
+    def batch(self, start: int, *, count: int, rank: int = 0, world_size: int = 1) -> TokenBatch:
+        """Return the same rows as a training batch; places without a token read padding and train nothing."""
+        return to_batch(self.rows(start, count=count, rank=rank, world_size=world_size), pad_id=self._pad_id)
+
+    def locate(self, row_index: int) -> list[Location]:
+        """Return what lies in a row, from left to right, to name the text behind a failure."""
+        source, row = self._source_row(row_index)
+        packed, pieces = self._rows[source].find(row)
+        return [
+            Location(
+                source=self.sources[source].name,
+                document=packed.shard.document_name(document),
+                offset=offset,
+                length=length,
+            )
+            for document, offset, length in pieces.tolist()
+        ]
+
+    def _source_row(self, index: int) -> tuple[int, int]:
+        """Return the source of a training row, and the row of that source: shuffled anew for each epoch."""
+        source, drawn = self._mixture.locate(index)
+        count = self._rows[source].num_rows
+        epoch, place = divmod(drawn, count)
+        return source, permuted(place, count=count, key=hash_parts("order", self.seed, source, epoch))
+
+
+def to_batch(rows: Int[Tensor, "row length_plus_one"], *, pad_id: int) -> TokenBatch:
+    """Turn rows into a training batch, `FILLER` into padding without a target."""
+    batch = TokenBatch.from_rows(rows)
+    assert batch.targets is not None
+    return TokenBatch(
+        tokens=batch.tokens.masked_fill(batch.tokens == FILLER, pad_id),
+        positions=batch.positions,
+        starts=batch.starts,
+        targets=batch.targets.masked_fill(batch.targets == FILLER, IGNORE),
+    )
+
+
+def packed_rows(shard: Shard, sequence_length: int) -> Packing:
+    """Return the packing of a shard for one sequence length; made once, then read from beside the shard."""
+    pieces = shard.file.with_suffix(f".rows-{sequence_length}.pieces.npy")
+    starts = shard.file.with_suffix(f".rows-{sequence_length}.starts.npy")
+    if not starts.is_file():
+        packing = pack(np.diff(shard.offsets), capacity=sequence_length + 1)
+        save_array(packing.pieces, path=pieces)
+        save_array(packing.row_starts, path=starts)
+    return Packing(pieces=load_array(pieces), row_starts=load_array(starts))
+
+
+def source_weights(prepared: PreparedCorpus, *, config: PretrainConfig) -> list[float]:
+    """Return the weight of each prepared source: as configured, or its tokens where no source has a weight."""
+    weights = {source.name: source.weight for source in named_sources(config.data)}
+    names = [source.name for source in prepared.sources]
+    missing = sorted(set(weights) - set(names) - {source.name for source in prepared.absent})
+    unknown = sorted(set(names) - set(weights))
+    if missing or unknown:
+        raise ConfigError(
+            f"data.sources names {', '.join(weights)}, but the corpus at {prepared.folder} was made from "
+            f"{', '.join(names)}; use the settings it was made with, or another run folder"
+        )
+    check_weights(config)
+    configured = [weights[name] for name in names]
+    return configured if any(configured) else [float(source.tokens) for source in prepared.sources]
+
+
+def check_weights(config: PretrainConfig) -> None:
+    """Raise ConfigError when only some sources have a weight: tokens and shares are not on one scale."""
+    sources = named_sources(config.data)
+    without = [source.name for source in sources if not source.weight]
+    if without and len(without) < len(sources):
+        raise ConfigError(
+            f"data.sources gives {', '.join(without)} no weight, and others one; give every source a weight, "
+            "or none to draw each by its number of tokens"
+        )

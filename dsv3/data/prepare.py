@@ -1,0 +1,317 @@
+"""From sources to a corpus the loader can read (report 4.1): read, tokenizer, encode, pack.
+
+Each step leaves files that appear whole, so that an interrupted preparation goes on after the last source it
+finished, and the marker that makes the folder a corpus is written last.
+"""
+
+import errno
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dsv3.config import PretrainConfig, SourceConfig
+from dsv3.data.atomic import write_json
+from dsv3.data.corpus import named_sources
+from dsv3.data.document import Document
+from dsv3.data.encoder import DocumentEncoder
+from dsv3.data.hub import HUB
+from dsv3.data.loader import check_weights, packed_rows
+from dsv3.data.prepared import (
+    FORMAT,
+    HELD_OUT,
+    MARKER,
+    AbsentSource,
+    PreparedCorpus,
+    PreparedSource,
+    load_prepared,
+    save_prepared,
+)
+from dsv3.data.sample import SAMPLE_CHARACTERS, sample_texts
+from dsv3.data.shards import Shard, ShardWriter, shard_files
+from dsv3.data.sources import AbsentSourceError
+from dsv3.data.spool import Spool, spool_source, spooled_source, training_documents
+from dsv3.data.tokenizer import Tokenizer
+from dsv3.errors import ConfigError, DataError, TokenizerError
+
+__all__ = ["PreparedCorpus", "PreparedSource", "ProgressCallback", "load_prepared", "prepare_corpus"]
+
+ProgressCallback = Callable[[str, int, int], None]
+"""Called with the name of a step, how much of it is done, and how much there is (0 where nobody knows yet)."""
+
+WORK = "work"
+"""Folder below the corpus folder for what is only needed while preparing."""
+MIN_ROWS = 4
+"""A corpus with fewer rows cannot fill a batch worth training on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """One source on its way through the steps."""
+
+    source: SourceConfig
+    folder: Path
+    work: Path
+    spool: Spool
+
+    def documents(self) -> Iterator[Document]:
+        return training_documents(self.work, spool=self.spool)
+
+
+def prepare_corpus(config: PretrainConfig, *, folder: Path, progress: ProgressCallback | None = None) -> PreparedCorpus:
+    """Return the corpus of a run, prepared in `folder`, or loaded from there when that has been done.
+
+    A preparation that was interrupted goes on. A finished corpus is never rebuilt: weights trained on one
+    vocabulary mean nothing with another.
+
+    Raises:
+        ConfigError: the folder holds a corpus made with other settings.
+        DataError: a source cannot be read, there is too little text, or the folder cannot be written.
+        TokenizerError: the configured tokenizer is missing or does not fit the model.
+    """
+    report = progress or _no_progress
+    check_weights(config)
+    settings = corpus_settings(config)
+    if (folder / MARKER).is_file():
+        corpus = load_prepared(folder)
+        _check_same_settings(corpus, settings=settings)
+        return corpus
+    with _errors_of_the_disk(folder):
+        _start_or_continue(folder, settings=settings)
+        parts, absent = _read_sources(config, folder=folder, report=report)
+        tokenizer = _make_tokenizer(config, parts=parts, folder=folder, report=report)
+        sources = _encode_sources(parts, config=config, tokenizer=tokenizer, report=report)
+        corpus = PreparedCorpus(
+            folder=folder, vocab_size=tokenizer.vocab_size, sources=sources, absent=absent, settings=settings
+        )
+        _pack_sources(corpus, config=config, report=report)
+        save_prepared(corpus)
+        shutil.rmtree(folder / WORK)
+    return corpus
+
+
+def corpus_settings(config: PretrainConfig) -> dict[str, Any]:
+    """Return the settings that decide what is in a corpus; a corpus made with others is another corpus."""
+    settings = {
+        "format": FORMAT,
+        "data": asdict(config.data),
+        "model.vocab_size": config.model.vocab_size,
+        "runtime.seed": config.runtime.seed,
+    }
+    if any(source.path.startswith(HUB) for source in config.data.sources):
+        settings["total_tokens"] = config.total_tokens  # Decides how much of a stream is read.
+    return json.loads(json.dumps(settings))
+
+
+def _check_same_settings(corpus: PreparedCorpus, *, settings: dict[str, Any]) -> None:
+    if corpus.settings == settings:
+        return
+    differences = "; ".join(_differences(corpus.settings, settings, prefix=""))
+    raise ConfigError(
+        f"the corpus at {corpus.folder} was made with other settings ({differences}); use those, or another run "
+        "folder, or remove the corpus folder to prepare it anew"
+    )
+
+
+def _differences(found: dict[str, Any], asked: dict[str, Any], *, prefix: str) -> Iterator[str]:
+    for key in sorted({*found, *asked}):
+        before, after = found.get(key), asked.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from _differences(before, after, prefix=f"{prefix}{key}.")
+        elif before != after:
+            yield f"{prefix}{key}: {before} there, {after} asked"
+
+
+def _start_or_continue(folder: Path, *, settings: dict[str, Any]) -> None:
+    """Leave in the folder what an interrupted preparation with the same settings finished, and nothing else."""
+    started = folder / WORK / "settings.json"
+    try:
+        same = json.loads(started.read_text(encoding="utf-8")) == settings
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        for part in ("sources", "tokenizer", WORK):
+            shutil.rmtree(folder / part, ignore_errors=True)
+        (folder / WORK).mkdir(parents=True)
+        write_json(settings, path=started)
+
+
+def _read_sources(
+    config: PretrainConfig, *, folder: Path, report: ProgressCallback
+) -> tuple[list[_Part], tuple[AbsentSource, ...]]:
+    """Read every source to disk; earlier ones win when two hold the same text."""
+    parts: list[_Part] = []
+    absent: list[AbsentSource] = []
+    seen: set[int] = set()
+    bytes_before = 0
+    for number, source in enumerate(named_sources(config.data)):
+        label = f"{number:02d}-{re.sub(r'[^A-Za-z0-9._-]+', '-', source.name)[:60]}"
+        place, work = folder / "sources" / label, folder / WORK / label
+        place.mkdir(parents=True, exist_ok=True)
+        spool = spooled_source(work, held_out_file=place / HELD_OUT, seen=seen)
+        if spool is None:
+            try:
+                spool = spool_source(
+                    source,
+                    config=config,
+                    folder=work,
+                    held_out_file=place / HELD_OUT,
+                    seen=seen,
+                    on_bytes=partial(_report_after, report, "read", bytes_before, 0),
+                )
+            except AbsentSourceError as reason:
+                _leave_out(source, reason=str(reason), config=config, absent=absent)
+                shutil.rmtree(place)
+                continue
+        bytes_before += spool.bytes
+        parts.append(_Part(source=source, folder=place, work=work, spool=spool))
+    if not parts:
+        reasons = "; ".join(f"{source.name}: {source.reason}" for source in absent)
+        raise DataError(f"no source of the built-in corpus is there ({reasons}); give your own text with --data PATH")
+    report("read", bytes_before, bytes_before)
+    return parts, tuple(absent)
+
+
+def _leave_out(source: SourceConfig, *, reason: str, config: PretrainConfig, absent: list[AbsentSource]) -> None:
+    """Note a built-in source that is not there; one that was asked for by name is missed, not left out."""
+    if config.data.sources:
+        raise DataError(f"cannot read {source.path}: {reason}")
+    absent.append(AbsentSource(name=source.name, reason=reason))
+
+
+def _make_tokenizer(config: PretrainConfig, *, parts: list[_Part], folder: Path, report: ProgressCallback) -> Tokenizer:
+    """Load the configured tokenizer, or train one on a sample of the training documents, and save it."""
+    place = folder / "tokenizer"
+    report("tokenizer", 0, 1)
+    if (place / "tokenizer_config.json").is_file():  # The second of the two files: both are whole.
+        tokenizer = Tokenizer.from_file(place)
+    elif config.data.tokenizer:
+        tokenizer = Tokenizer.from_file(Path(config.data.tokenizer).expanduser())
+    else:
+        weights = [part.source.weight or part.spool.bytes for part in parts]
+        texts = [
+            text
+            for part, weight in zip(parts, weights, strict=True)
+            for text in sample_texts(
+                part.documents(),
+                characters=int(SAMPLE_CHARACTERS * weight / sum(weights)),
+                seed=config.runtime.seed,
+            )
+        ]
+        tokenizer = Tokenizer.train(texts, vocab_size=config.model.vocab_size)
+    check_tokenizer(tokenizer, config=config)
+    tokenizer.save(place)
+    report("tokenizer", 1, 1)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Tokenizer, *, config: PretrainConfig) -> None:
+    """Raise TokenizerError unless every id has a row in the model, and both agree on BOS and EOS."""
+    where = f"the tokenizer at {config.data.tokenizer}" if config.data.tokenizer else "the tokenizer"
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise TokenizerError(
+            f"{where} uses {tokenizer.vocab_size:,} ids, more than model.vocab_size = {config.model.vocab_size:,}; "
+            "raise model.vocab_size, or leave data.tokenizer empty to train one that fits"
+        )
+    for name, found, expected in (
+        ("bos_token_id", tokenizer.bos_id, config.model.bos_token_id),
+        ("eos_token_id", tokenizer.eos_id, config.model.eos_token_id),
+    ):
+        if found != expected:
+            raise TokenizerError(
+                f"{where} has {name} {found}, and model.{name} is {expected}; set model.{name}={found}"
+            )
+
+
+def _encode_sources(
+    parts: list[_Part], *, config: PretrainConfig, tokenizer: Tokenizer, report: ProgressCallback
+) -> tuple[PreparedSource, ...]:
+    """Write the token shards of every source."""
+    total = sum(part.spool.documents for part in parts)
+    sources: list[PreparedSource] = []
+    for part in parts:
+        done = sum(source.documents for source in sources)
+        marker = part.work / "encoded.json"
+        if not marker.is_file():
+            on_document = partial(_report_after, report, "encode", done, total)
+            tallies = _encode_source(part, config=config, tokenizer=tokenizer, on_document=on_document)
+            write_json(tallies, path=marker)
+        tallies = json.loads(marker.read_text(encoding="utf-8"))
+        sources.append(
+            PreparedSource(
+                name=part.source.name,
+                path=part.source.path,
+                folder=f"sources/{part.folder.name}",
+                documents=part.spool.documents,
+                bytes=part.spool.bytes,
+                held_out_documents=part.spool.held_out_documents,
+                held_out_bytes=part.spool.held_out_bytes,
+                duplicates=part.spool.duplicates,
+                skipped=part.spool.skipped,
+                changed=part.spool.changed,
+                **tallies,
+            )
+        )
+    report("encode", total, total)
+    return tuple(sources)
+
+
+def _encode_source(
+    part: _Part, *, config: PretrainConfig, tokenizer: Tokenizer, on_document: Callable[[int], None]
+) -> dict[str, int]:
+    """Encode one source from its beginning, over what an interruption may have left."""
+    for leftover in part.folder.glob("shard-*"):
+        leftover.unlink()
+    encoder = DocumentEncoder(tokenizer, config=config.data, source=part.source.name, seed=config.runtime.seed)
+    writer = ShardWriter(part.folder, vocab_size=tokenizer.vocab_size, shard_tokens=config.data.shard_tokens)
+    fim_documents = 0
+    for number, document in enumerate(encoder.encode(part.documents()), start=1):
+        writer.add(document.ids, name=document.name)
+        fim_documents += document.is_fim
+        on_document(number)
+    writer.flush()
+    return {"tokens": writer.num_tokens, "fim_documents": fim_documents}
+
+
+def _pack_sources(corpus: PreparedCorpus, *, config: PretrainConfig, report: ProgressCallback) -> None:
+    """Pack every shard for the run's sequence length, and make sure that there is something to train on."""
+    files = [file for source in corpus.sources for file in shard_files(corpus.source_folder(source))]
+    rows = 0
+    for done, file in enumerate(files):
+        report("pack", done, len(files))
+        rows += packed_rows(Shard(file, vocab_size=corpus.vocab_size), config.batch.sequence_length).num_rows
+    report("pack", len(files), len(files))
+    if rows < MIN_ROWS:
+        tokens = sum(source.tokens for source in corpus.sources)
+        raise DataError(
+            f"the corpus has {tokens:,} tokens, which fill {rows} rows of batch.sequence_length = "
+            f"{config.batch.sequence_length}; at least {MIN_ROWS} are needed: give more text, or shorten the sequences"
+        )
+
+
+@contextmanager
+def _errors_of_the_disk(folder: Path) -> Iterator[None]:
+    """Say what to do about a disk that is full or may not be written to."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            advice = "the disk is full: free some space and run the same command again, it goes on where it stopped"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            advice = "it may not be written to: choose another run folder, or change its permissions"
+        else:
+            advice = f"{type(error).__name__}: {error}"
+        raise DataError(f"cannot prepare the corpus in {folder}; {advice}") from error
+
+
+def _report_after(report: ProgressCallback, step: str, before: int, total: int, done: int) -> None:
+    report(step, before + done, total)
+
+
+def _no_progress(step: str, done: int, total: int) -> None:
+    """Show nothing."""

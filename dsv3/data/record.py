@@ -1,0 +1,109 @@
+"""Records with named fields, as JSON lines and tables hold them: which field is the text, and how chats read."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import pyarrow
+import pyarrow.parquet
+
+from dsv3.data.chat_template import render_template
+from dsv3.data.document import Document, ReadingLog
+from dsv3.data.special_tokens import BOS, CHAT_TEMPLATE, EOS
+from dsv3.data.text_file import decode_text
+from dsv3.errors import TokenizerError
+
+TEXT_FIELDS = ("text", "content")
+FIELDS = (*TEXT_FIELDS, "messages", "prompt", "completion")
+"""Fields that are looked at; any others of a record are left alone."""
+MAX_LINE_BYTES = 64 * 2**20
+"""A longer line is not read as a whole: it would have to fit in memory several times over."""
+
+
+def record_text(record: dict[str, Any]) -> str | None:
+    """Return the text of a record, or None when it has none of the known fields.
+
+    `text` or `content` as it stands; `messages`, or `prompt` and `completion` as one question and its answer, in the
+    chat format, without the BOS and the last EOS, which every document gets anyway.
+    """
+    for field in TEXT_FIELDS:
+        if isinstance(record.get(field), str):
+            return cast(str, record[field])
+    messages = record.get("messages")
+    if messages is None and isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
+        messages = [
+            {"role": "user", "content": record["prompt"]},
+            {"role": "assistant", "content": record["completion"]},
+        ]
+    if not messages:
+        return None
+    try:
+        text = render_template(CHAT_TEMPLATE, messages=messages, add_generation_prompt=False)
+    except TokenizerError:
+        return None
+    return text.removeprefix(BOS).removesuffix(EOS)
+
+
+def read_record(record: Any, *, name: str, log: ReadingLog) -> Iterator[Document]:
+    """Yield the document of a record, or say why there is none."""
+    if not isinstance(record, dict):
+        log.skip(name, reason=f"a JSON {type(record).__name__} where an object was expected")
+        return
+    text = record_text(record)
+    if text is None:
+        log.skip(name, reason="no readable field " + ", ".join(f"'{field}'" for field in FIELDS[:-1]) + "+'completion'")
+        return
+    yield Document(name=name, text=text)
+
+
+def read_json_lines(path: Path, *, name: str, log: ReadingLog) -> Iterator[Document]:
+    """Yield the documents of a .jsonl or .jsonl.gz file. Raises OSError when it cannot be read.
+
+    Lines end at line feeds alone: U+2028 and its like are part of a text.
+    """
+    with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as file:
+        number = 0
+        try:
+            while line := file.readline(MAX_LINE_BYTES):
+                number += 1
+                yield from _read_line(line, file=file, name=f"{name}#{number}", log=log)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            log.skip(f"{name}#{number + 1}", reason=f"broken gzip file from here on ({type(error).__name__})")
+        if not number:
+            log.skip(name, reason="empty")
+
+
+def _read_line(line: bytes, *, file: BinaryIO, name: str, log: ReadingLog) -> Iterator[Document]:
+    if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+        while line and not line.endswith(b"\n"):
+            line = file.readline(MAX_LINE_BYTES)
+        log.skip(name, reason=f"line longer than {MAX_LINE_BYTES >> 20} MiB")
+        return
+    if not line.strip():
+        return
+    try:
+        record = json.loads(decode_text(line, name=name, log=log))
+    except (ValueError, RecursionError):
+        log.skip(name, reason="broken JSON")
+        return
+    yield from read_record(record, name=name, log=log)
+
+
+def read_parquet(path: Path, *, name: str, log: ReadingLog) -> Iterator[Document]:
+    """Yield the documents of a Parquet table, a few hundred rows at a time. Raises OSError when it cannot be read."""
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            columns = [field for field in FIELDS if field in table.schema_arrow.names]
+            if not columns:
+                log.skip(name, reason="no column " + ", ".join(f"'{field}'" for field in FIELDS))
+                return
+            for rows in table.iter_batches(batch_size=256, columns=columns):
+                for record in rows.to_pylist():
+                    number += 1
+                    yield from read_record(record, name=f"{name}#{number}", log=log)
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        log.skip(f"{name}#{number + 1}", reason=f"broken Parquet file from here on ({type(error).__name__})")

@@ -1,0 +1,73 @@
+"""Plain text files, whatever wrote them: bytes in, text out, and a remark where that was not straightforward."""
+
+import codecs
+from collections.abc import Iterator
+from pathlib import Path
+
+from dsv3.data.document import Document, ReadingLog
+
+PIECE_BYTES = 16 * 2**20
+"""A longer file is cut into documents of about this size at line ends, so that it need not fit in memory."""
+PROBE_BYTES = 8192
+MAX_CONTROL_SHARE = 0.05
+"""More control characters than this share of a file's beginning make it binary; escape codes of logs stay below."""
+
+BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # Before UTF-16, whose mark it begins with.
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def read_text_file(path: Path, *, name: str, log: ReadingLog) -> Iterator[Document]:
+    """Yield the text of a file, in several documents when it is long. Raises OSError when it cannot be read."""
+    with path.open("rb") as file:
+        beginning = file.read(PIECE_BYTES)
+        wide = next((encoding for mark, encoding in BYTE_ORDER_MARKS if beginning.startswith(mark)), "utf-8")
+        if wide != "utf-8":
+            yield from _read_wide(beginning + file.read(), name=name, encoding=wide, log=log)
+            return
+        if looks_binary(beginning[:PROBE_BYTES]):
+            log.skip(name, reason="binary file")
+            return
+        part = 0
+        while beginning:
+            piece = beginning + _rest_of_line(file) if len(beginning) == PIECE_BYTES else beginning
+            beginning = file.read(PIECE_BYTES)
+            part_name = f"{name}#{part}" if part or beginning else name
+            yield Document(name=part_name, text=decode_text(piece, name=part_name, log=log))
+            part += 1
+        if not part:
+            log.skip(name, reason="empty")
+
+
+def decode_text(data: bytes, *, name: str, log: ReadingLog) -> str:
+    """Decode UTF-8, with or without its mark, and anything else as Latin-1, which every byte belongs to."""
+    data = data.removeprefix(codecs.BOM_UTF8)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        log.change(name, reason="not UTF-8: read as Latin-1")
+        return data.decode("latin-1")
+
+
+def looks_binary(beginning: bytes) -> bool:
+    """Tell whether a file that begins so holds something other than text."""
+    control = sum(beginning.count(byte) for byte in (*range(9), *range(14, 32), 127))
+    return b"\0" in beginning or control > MAX_CONTROL_SHARE * len(beginning)
+
+
+def _rest_of_line(file: object) -> bytes:
+    return file.readline(PIECE_BYTES)  # type: ignore[attr-defined]
+
+
+def _read_wide(data: bytes, *, name: str, encoding: str, log: ReadingLog) -> Iterator[Document]:
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError:
+        log.skip(name, reason=f"marked as {encoding.upper()} but not valid as such")
+        return
+    log.change(name, reason=f"{encoding.upper()}: read by its byte order mark")
+    yield Document(name=name, text=text)

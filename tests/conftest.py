@@ -1,0 +1,32 @@
+"""What every test may count on: one thread, patient property tests, and the folder of real data when it is there."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")  # For the processes that tests start.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # Tests fork; a thread pool does not survive that.
+
+# A shared machine makes single examples slow now and then; a deadline would call that a failure.
+settings.register_profile(
+    "dsv3",
+    deadline=None,
+    max_examples=50,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("dsv3")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real data beside the checkout: tokenizers, texts, problems. Tests that need it skip without it."""
+    folder = Path(__file__).parents[1].parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"needs the folder of real data at {folder}")
+    return folder
