@@ -66,7 +66,7 @@ class DenseLatentCache:
         self._num_layers = config.num_hidden_layers + num_mtp_layers
         self._lengths = [[0] * num_sequences for _ in range(self._num_layers)]
         self._reserved = min(capacity, _FIRST_RESERVATION)
-        self._layers = [self._new_layer(device) for _ in range(self._num_layers)]
+        self._layers = [self._new_layer(self._reserved, device=device) for _ in range(self._num_layers)]
         self._placement: _Placement | None = None
 
     @property
@@ -148,12 +148,14 @@ class DenseLatentCache:
     def _reserve(self, length: int) -> None:
         if length <= self._reserved:
             return
-        held, self._reserved = self._reserved, min(self.capacity, max(length, 2 * self._reserved))
-        for layer, storage in enumerate(self._layers):
-            self._layers[layer] = self._new_layer(storage.device)
-            self._layers[layer][:, :held].copy_(storage)
+        reserved = min(self.capacity, max(length, 2 * self._reserved))
+        grown = [self._new_layer(reserved, device=storage.device) for storage in self._layers]
+        for larger, storage in zip(grown, self._layers, strict=True):
+            larger[:, : self._reserved].copy_(storage)
+        # Both change at once, after all that can fail: Ctrl-C in the middle of an answer must leave a whole cache.
+        self._layers, self._reserved = grown, reserved
 
-    def _new_layer(self, device: torch.device | str) -> Float[Tensor, "sequence reserved width"]:
+    def _new_layer(self, reserved: int, *, device: torch.device | str) -> Float[Tensor, "sequence reserved width"]:
         # An ordinary tensor even when asked for in inference mode, so that a cache can outlive that mode.
         with torch.inference_mode(False):
-            return torch.zeros(self.num_sequences, self._reserved, self._width, dtype=self._dtype, device=device)
+            return torch.zeros(self.num_sequences, reserved, self._width, dtype=self._dtype, device=device)

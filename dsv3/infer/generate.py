@@ -1,5 +1,6 @@
 """Tokens one at a time: the prompt in expanded form, then absorbed decoding over the latent cache (report 2.1.1)."""
 
+import time
 from collections.abc import Iterator
 from enum import StrEnum
 
@@ -68,6 +69,10 @@ class TokenStream:
     ) -> None:
         self.finish_reason: FinishReason | None = None
         self.num_generated = 0
+        self.prompt_seconds = 0.0
+        """Spent on the prompt and the first token."""
+        self.decode_seconds = 0.0
+        """Spent on the tokens after the first."""
         self._model = model
         self._params = params
         self._vocab_size = vocab_size
@@ -83,12 +88,17 @@ class TokenStream:
         self._check_limits()
         if self.finish_reason is not None:
             raise StopIteration
+        began, is_first = time.perf_counter(), self.num_generated == 0
         logits = self._forward()
         chosen = sample(logits, params=self._params, generator=self._generator, vocab_size=self._vocab_size)
         token = int(chosen)
         if token == self._eos_id:
             self.finish_reason = FinishReason.END_OF_TEXT
             raise StopIteration
+        if is_first:
+            self.prompt_seconds = time.perf_counter() - began
+        else:
+            self.decode_seconds += time.perf_counter() - began
         self._pending = [token]
         self.num_generated += 1
         return token

@@ -1,19 +1,18 @@
 """What a folder given as MODEL holds: a training run, or weights in the published layout."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsv3.checkpoint.published import is_published_folder
+from dsv3.checkpoint.reader import INDEX_FILE, SINGLE_FILE
 from dsv3.checkpoint.snapshot import latest_snapshot
-from dsv3.errors import CheckpointError
+from dsv3.config.files import read_json
+from dsv3.errors import CheckpointError, ConfigError
 
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
-"""Either of them makes a folder one of published weights: one file, or the index of several."""
 KINDS = (
-    "MODEL is one of: a run folder (config.json of the run, and export/ or snapshots/), "
-    "an export folder or a published checkpoint (config.json with the model's sizes, and model.safetensors or "
-    "model.safetensors.index.json)"
+    "A model is one of: a run folder (config.json of the run, and export/ or snapshots/), an export folder, or a "
+    f"published checkpoint (config.json with a model_type, and {SINGLE_FILE} or {INDEX_FILE})"
 )
 
 
@@ -40,18 +39,19 @@ def find_model(folder: str | Path) -> ModelFolder:
     if not folder.is_dir():
         found = "it is a file" if folder.exists() else "there is no such folder"
         raise CheckpointError(f"cannot load a model from {folder}: {found}. {KINDS}")
-    if _is_published(folder):
-        run = folder.absolute().parent
-        return _published(folder, run=run if folder.name == "export" and _is_run(run) else None)
+    if is_published_folder(folder):
+        place = folder.absolute()
+        in_a_run = place.name == "export" and _is_run(place.parent)
+        return _published(folder, run=place.parent if in_a_run else None)
     if _is_run(folder):
         return _of_run(folder)
     raise CheckpointError(f"cannot load a model from {folder}: {_describe(folder)}. {KINDS}")
 
 
 def _of_run(folder: Path) -> ModelFolder:
-    export, snapshot = folder / "export", latest_snapshot(folder / "snapshots")
-    if _is_published(export):
-        return _published(export, run=folder)
+    if is_published_folder(folder / "export"):
+        return _published(folder / "export", run=folder)
+    snapshot = latest_snapshot(folder / "snapshots")
     if snapshot is None:
         raise CheckpointError(
             f"{folder} is a training run that has written neither a snapshot nor an export yet; wait for its first "
@@ -68,11 +68,6 @@ def _published(folder: Path, *, run: Path | None) -> ModelFolder:
     return ModelFolder(weights=folder, run=run, is_snapshot=False, tokenizer=tokenizer if tokenizer.exists() else None)
 
 
-def _is_published(folder: Path) -> bool:
-    has_weights = any((folder / name).exists() for name in WEIGHT_FILES)
-    return has_weights and "hidden_size" in _read_config(folder)
-
-
 def _is_run(folder: Path) -> bool:
     return isinstance(_read_config(folder).get("model"), dict)
 
@@ -82,19 +77,21 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); restore it, or load another folder") from error
-    return values if isinstance(values, dict) else {}
+        return read_json(path)
+    except ConfigError as error:
+        raise CheckpointError(f"cannot load a model from {folder}: {error}") from error
 
 
 def _describe(folder: Path) -> str:
     names = sorted(path.name + ("/" if path.is_dir() else "") for path in folder.iterdir())
     if not names:
         return "it is empty"
-    if "hidden_size" in _read_config(folder):
-        return f"it has a config.json but neither {' nor '.join(WEIGHT_FILES)}"
-    if any((folder / name).exists() for name in WEIGHT_FILES) and "config.json" not in names:
+    has_weights = SINGLE_FILE in names or INDEX_FILE in names
+    if has_weights and "config.json" not in names:
         return "it has weights but no config.json"
+    if has_weights:
+        return "its config.json names no model_type"
+    if "model_type" in _read_config(folder):
+        return f"it has the config.json of a model but neither {SINGLE_FILE} nor {INDEX_FILE}"
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return f"it holds {', '.join(names[:8])}{more}"

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.infer.generate import FinishReason, TokenStream
 from dsv3.infer.stop import StopStrings
+from dsv3.runtime.log import get_logger
+
+log = get_logger(__name__)
 
 
 class TextStream:
@@ -31,6 +34,17 @@ class TextStream:
         """Tokens generated so far, the end token not counted."""
         return self._tokens.num_generated
 
+    @property
+    def prompt_seconds(self) -> float:
+        """Seconds from the prompt to the first token."""
+        return self._tokens.prompt_seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of decoding after the first token, the reader's own time not counted; 0 before there is a second."""
+        seconds = self._tokens.decode_seconds
+        return (self.completion_tokens - 1) / seconds if seconds > 0 else 0.0
+
     def __iter__(self) -> Iterator[str]:
         return self
 
@@ -45,6 +59,10 @@ class TextStream:
         token = next(self._tokens, None)
         if token is None:
             self._ended = True
+            if self.finish_reason is FinishReason.CONTEXT_LIMIT:
+                log.warning(
+                    "stopped after %d tokens: prompt and answer fill the model's context", self.completion_tokens
+                )
             shown = self._stop.add(self._decoder.finish())
             return shown + self._stop.finish()
         shown = self._stop.add(self._decoder.add(token))
