@@ -5,7 +5,7 @@
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -43,6 +43,7 @@ class DispatchedTokens:
     """Row that holds each (token, choice) pair: the inverse of `source`."""
 
 
+@runtime_checkable
 class TokenDispatch(Protocol):
     """Brings tokens to experts and their outputs back (report 3.2.2)."""
 
@@ -57,6 +58,7 @@ class TokenDispatch(Protocol):
         ...
 
 
+@runtime_checkable
 class LatentCache(Protocol):
     """Keys and values of past tokens as MLA keeps them: a normed latent and a roped key, shared by all heads.
 
