@@ -92,7 +92,7 @@ def line_chart(
     pictures share. `is_half` makes the wide picture fit beside another one.
     """
 
-    def draw(width: float, height: float, variant: str) -> str:
+    def draw(width: int, height: int, variant: str) -> str:
         figure = Figure(figsize=(width / 72, height / 72))
         axes = figure.add_axes((46 / width, 36 / height, 1 - 58 / width, 1 - 62 / height))
         for line in lines:
@@ -123,7 +123,7 @@ def draw_line(axes: Axes, line: Line) -> None:
     axes.plot(x, y, color=STAND_INS[line.colour], linewidth=width, alpha=opacity, solid_joinstyle="round")
 
 
-def draw_levels(axes: Axes, levels: Sequence[Level], *, height: float) -> None:
+def draw_levels(axes: Axes, levels: Sequence[Level], *, height: int) -> None:
     """Draw the horizontal lines, with names set above their lines or, where two would overlap, below."""
     bottom, top = axes.get_ylim()
     last_place = math.inf
@@ -225,7 +225,7 @@ def heat_legend() -> str:
     return "linear-gradient(to right, " + ", ".join(f"rgb({r} {g} {b})" for r, g, b, _ in stops) + ")"
 
 
-def short_number(value: float) -> str:
+def short_number(value: int | float) -> str:
     """Write a number as one says it: 950, 12K, 1.5M, 0.04, 3e-05."""
     if not math.isfinite(value):
         return "–"

@@ -77,9 +77,7 @@ def bits_per_byte_picture(record: RunRecord) -> Picture | None:
     if has_values(average):
         lines.append(Line(x=x, y=average, label="average of its weights (EMA)", colour="series-1"))
     levels = [
-        Level(value=number(row.get("bits_per_byte")), label=str(row.get("title", "")))
-        for row in record.evaluation.get("baselines", [])
-        if isinstance(row, dict)
+        Level(value=number(row.get("bits_per_byte")), label=str(row.get("title", ""))) for row in record.baselines
     ]
     finite = sorted(value for value in [*y, *average] if math.isfinite(value))
     marks = [level.value for level in levels if math.isfinite(level.value)]
@@ -105,7 +103,8 @@ def source_picture(record: RunRecord) -> Picture | None:
     if len(names) < 2:
         return None
     steps = [number(entry.get("step")) for entry in record.validations]
-    order = {source.name: place for place, source in enumerate(record.sources)}
+    sources = record.corpus.sources if record.corpus else ()
+    order = {source.name: place for place, source in enumerate(sources)}
     names.sort(key=lambda name: order.get(name, len(order)))
     lines = [
         Line(

@@ -12,8 +12,9 @@ from typing import Any
 
 from jinja2 import Environment
 
-from dsv3.config import ModelConfig
+from dsv3.config import ModelConfig, PretrainConfig
 from dsv3.config.files import from_dict
+from dsv3.data.loader import source_weights
 from dsv3.errors import ConfigError
 from dsv3.plan.counts import count_parameters
 from dsv3.report import figures
@@ -22,8 +23,8 @@ from dsv3.report.record import Entry, RunRecord, number, numbers, read_run
 
 MAX_SAMPLE_STEPS = 5
 """Steps at which one prompt's continuations are shown, from the first to the last."""
-MAX_SKIPPED = 50
-"""Files left out of the corpus that are listed."""
+MAX_REMARKS = 100
+"""Remarks on the reading of the corpus that are listed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +137,7 @@ def lead(record: RunRecord) -> str:
     if not math.isfinite(bits):
         return words + " It has not been scored on held-out text yet."
     words += f" It now needs {bits:.2f} bits for each byte of text it has never seen"
-    best = min(baseline_rows(record), key=lambda row: number(row.get("bits_per_byte")), default=None)
+    best = min(record.baselines, key=lambda row: number(row.get("bits_per_byte")), default=None)
     if best is None:
         return words + "."
     mark = number(best.get("bits_per_byte"))
@@ -165,13 +166,6 @@ def held_out_bits(record: RunRecord) -> float:
     return number(record.validations[-1].get("bits_per_byte")) if record.validations else math.nan
 
 
-def baseline_rows(record: RunRecord) -> list[Entry]:
-    """The baselines of the evaluation that have a number."""
-    rows = record.evaluation.get("baselines")
-    rows = rows if isinstance(rows, list) else []
-    return [row for row in rows if isinstance(row, dict) and math.isfinite(number(row.get("bits_per_byte")))]
-
-
 def tiles(record: RunRecord) -> list[Tile]:
     """The numbers of the summary."""
     shown = [*parameter_tiles(record)]
@@ -191,7 +185,7 @@ def tiles(record: RunRecord) -> list[Tile]:
             shown.append(Tile(what="Training time", value=f"{minutes / 60:.1f}", unit="hours", more=more))
     bits = held_out_bits(record)
     if math.isfinite(bits):
-        marks = ", ".join(f"{row.get('name', '?')} {number(row['bits_per_byte']):.2f}" for row in baseline_rows(record))
+        marks = ", ".join(f"{row.get('name', '?')} {number(row['bits_per_byte']):.2f}" for row in record.baselines)
         shown.append(Tile(what="Held-out text", value=f"{bits:.2f}", unit="bits/byte", more=marks))
     violation = next(
         (values for entry in reversed(record.validations) if (values := numbers(entry.get("max_violation")))), []
@@ -226,7 +220,7 @@ def comparison(record: RunRecord) -> dict[str, Any] | None:
     ours = record.evaluation.get("model")
     if not isinstance(ours, dict) or not math.isfinite(number(ours.get("bits_per_byte"))):
         return None
-    rows = [{**ours, "title": "this model", "is_ours": True}, *baseline_rows(record)]
+    rows = [{**ours, "title": "this model", "is_ours": True}, *record.baselines]
     rows.sort(key=lambda row: -number(row["bits_per_byte"]))
     highest = max(number(row["bits_per_byte"]) for row in rows)
     by_source = {str(name) for row in rows if isinstance(row.get("by_source"), dict) for name in row["by_source"]}
@@ -289,16 +283,29 @@ def balance_words(record: RunRecord) -> str:
 
 def corpus(record: RunRecord) -> dict[str, Any] | None:
     """The composition of the training text."""
-    if not record.sources:
+    if record.corpus is None:
         return None
-    shares = row_shares(record)
-    num_bytes = sum(source.bytes for source in record.sources)
-    num_tokens = sum(source.tokens for source in record.sources)
+    sources = record.corpus.sources
+    num_bytes = sum(source.bytes for source in sources)
+    num_tokens = sum(source.tokens for source in sources)
+    kinds = "one source" if len(sources) == 1 else f"{len(sources)} sources"
+    remarks = [
+        (f"{source.name}: {what}", f"{remark.reason}: {remark.count:,} ({', '.join(remark.examples)})")
+        for source in sources
+        for what, remarks in (("left out", source.skipped), ("changed", source.changed))
+        for remark in remarks
+    ]
+    remarks += [
+        (f"{source.name}: left out", f"the same text had come before: {source.duplicates:,}")
+        for source in sources
+        if source.duplicates
+    ]
+    remarks += [(f"{source.name}: absent", source.reason) for source in record.corpus.absent]
     return {
         "words": (
-            f"{byte_size(num_bytes)} of text from {len(record.sources)} source(s), {short_number(num_tokens)} tokens "
-            "of the model's own vocabulary. Held-out documents are chosen by a hash of their text and never trained "
-            "on. More bytes per token means that the tokenizer knows a source better."
+            f"{byte_size(num_bytes)} of text from {kinds}, {short_number(num_tokens)} tokens. Held-out documents are "
+            "chosen by a hash of their text and never trained on. More bytes per token means that the tokenizer knows "
+            "a source better; the last column is how often each source comes up in training."
         ),
         "rows": [
             {
@@ -311,26 +318,21 @@ def corpus(record: RunRecord) -> dict[str, Any] | None:
                 "share": 100 * share,
                 "share_text": f"{100 * share:.1f} %",
             }
-            for source, share in zip(record.sources, shares, strict=True)
+            for source, share in zip(sources, row_shares(record), strict=True)
         ],
-        "skipped": [(str(path), str(reason)) for source in record.sources for path, reason in source.skipped][
-            :MAX_SKIPPED
-        ],
+        "remarks": remarks[:MAX_REMARKS],
     }
 
 
 def row_shares(record: RunRecord) -> list[float]:
-    """Share of the training rows of each source: its weight, or where none is given its tokens."""
-    data = record.config.get("data", {})
-    written = data.get("sources", []) if isinstance(data, dict) else []
-    given = [number(source.get("weight")) for source in written if isinstance(source, dict)]
-    if len(given) != len(record.sources):
-        given = [0.0] * len(record.sources)
-    weights = [
-        weight if weight > 0 else float(source.tokens) for weight, source in zip(given, record.sources, strict=True)
-    ]
-    total = sum(weights)
-    return [weight / total if total else 0.0 for weight in weights]
+    """Share of the training rows of each source, as the loader draws them."""
+    assert record.corpus is not None
+    try:
+        weights = source_weights(record.corpus, config=from_dict(PretrainConfig, record.config))
+    except ConfigError:
+        weights = [float(source.tokens) for source in record.corpus.sources]
+    total = sum(weights) or 1.0
+    return [weight / total for weight in weights]
 
 
 def prompts(record: RunRecord) -> list[dict[str, Any]]:
@@ -430,7 +432,7 @@ def byte_size(count: int) -> str:
     return f"{count} B"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """Write a time as one says it."""
     if seconds < 90:
         return f"{seconds:.0f} seconds"

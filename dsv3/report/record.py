@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv3.data.prepare import PreparedSource, load_prepared
+from dsv3.data.prepared import PreparedCorpus, load_prepared
 from dsv3.errors import Dsv3Error
 
 Entry = dict[str, Any]
@@ -29,8 +29,8 @@ class RunRecord:
     validations: list[Entry]
     resumes: list[Entry]
     samples: list[Entry]
-    """Continuations made while training and, last, those made at the end; `step` is absent from the latter."""
-    sources: tuple[PreparedSource, ...]
+    """Continuations made while training and, last, those drawn at the end."""
+    corpus: PreparedCorpus | None
     evaluation: dict[str, Any]
     """What `dsv3 evaluate` or the quickstart wrote to evaluation.json; empty when it has not run."""
     notes: tuple[str, ...]
@@ -56,7 +56,14 @@ class RunRecord:
     def seconds(self) -> float:
         """Time spent in training steps, over all sittings; validation and snapshots not counted."""
         spent = [number(step.get("seconds")) for step in self.steps]
-        return sum(value for value in spent if math.isfinite(value))
+        return math.fsum(value for value in spent if math.isfinite(value))
+
+    @property
+    def baselines(self) -> list[Entry]:
+        """The baselines of the evaluation that have a number."""
+        rows = self.evaluation.get("baselines")
+        rows = rows if isinstance(rows, list) else []
+        return [row for row in rows if isinstance(row, dict) and math.isfinite(number(row.get("bits_per_byte")))]
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -82,8 +89,8 @@ def read_run(folder: Path) -> RunRecord:
         loads=by_kind.get("load", []),
         validations=by_kind.get("validation", []),
         resumes=by_kind.get("resume", []),
-        samples=by_kind.get("sample", []) + [entry for entry in closing if "text" in entry],
-        sources=read_sources(folder / "corpus", notes=notes),
+        samples=distinct(by_kind.get("sample", []) + [entry for entry in closing if "text" in entry]),
+        corpus=read_corpus(folder / "corpus", notes=notes),
         evaluation=evaluation,
         notes=tuple(notes),
     )
@@ -124,13 +131,22 @@ def read_lines(path: Path, *, notes: list[str] | None) -> list[Entry]:
     return entries
 
 
-def read_sources(folder: Path, *, notes: list[str]) -> tuple[PreparedSource, ...]:
-    """Return the parts of the corpus, or nothing and a note."""
+def distinct(samples: list[Entry]) -> list[Entry]:
+    """Return each sample once: training writes its samples to both files."""
+    found = {}
+    for entry in samples:
+        key = json.dumps([entry.get(name) for name in ("step", "prompt", "text", "temperature")], default=str)
+        found.setdefault(key, entry)
+    return list(found.values())
+
+
+def read_corpus(folder: Path, *, notes: list[str]) -> PreparedCorpus | None:
+    """Return what the corpus says of itself, or nothing and a note."""
     try:
-        return load_prepared(folder).sources
-    except (Dsv3Error, OSError, ValueError, KeyError) as error:
-        notes.append(f"The composition of the corpus is not known: {error}")
-        return ()
+        return load_prepared(folder)
+    except Dsv3Error as error:
+        notes.append(f"The composition of the corpus is not known: {error}.")
+        return None
 
 
 def number(value: object) -> float:

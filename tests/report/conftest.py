@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from dsv3.config.files import write_config
+from dsv3.data.document import Remark
+from dsv3.data.prepared import PreparedCorpus, PreparedSource, save_prepared
 from dsv3.recipes import tiny
 
 SAMPLES = {
@@ -92,6 +94,33 @@ def make_run(folder: Path, *, steps: int = 480, share_done: float = 1.0, num_lay
     return folder
 
 
+def add_corpus(folder: Path) -> None:
+    """Write what the preparation of the built-in corpus says of itself, without its shards."""
+    made = (("python", 1100, 14_200_000, 4_100_000), ("bible", 1189, 4_300_000, 1_100_000))
+    made += (("shakespeare", 1300, 5_400_000, 1_700_000), ("sanguo", 120, 1_800_000, 800_000))
+    made += (("arithmetic", 16000, 2_100_000, 900_000), ("python-topics", 80, 700_000, 200_000))
+    remark = Remark(reason="cannot be read", count=2, examples=("a <odd> name.py", "b.py"))
+    sources = tuple(
+        PreparedSource(
+            name=name,
+            path=f"builtin://{name}",
+            folder=f"sources/{place:02}-{name}",
+            documents=documents,
+            bytes=num_bytes,
+            tokens=tokens,
+            fim_documents=documents // 10,
+            held_out_documents=documents // 100,
+            held_out_bytes=num_bytes // 100,
+            duplicates=3 if name == "python" else 0,
+            skipped=(remark,) if name == "python" else (),
+            changed=(),
+        )
+        for place, (name, documents, num_bytes, tokens) in enumerate(made)
+    )
+    (folder / "corpus").mkdir(parents=True, exist_ok=True)
+    save_prepared(PreparedCorpus(folder=folder / "corpus", vocab_size=4096, sources=sources, absent=(), settings={}))
+
+
 def add_evaluation(folder: Path) -> None:
     """Write what the evaluation of a finished run leaves."""
     shares = {name: bits / 2.1 for name, bits in SOURCES.items()}
@@ -115,5 +144,6 @@ def add_evaluation(folder: Path) -> None:
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     folder = make_run(tmp_path / "runs" / "made-up", steps=60)
+    add_corpus(folder)
     add_evaluation(folder)
     return folder
