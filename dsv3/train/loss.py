@@ -26,7 +26,7 @@ class WholeBatch:
     num_sequences: int
     """Sequences in all micro-batches."""
     plain_top_k: Sequence[Int[Tensor, " expert"]] | None = None
-    """For each layer, how often each expert is among the plain top-K over the whole batch: only 'batch_loss' wants it."""
+    """For each layer, how often each expert is among the plain top-K over the whole batch; for 'batch_loss' alone."""
 
     @classmethod
     def of(cls, batches: Sequence[TokenBatch]) -> "WholeBatch":

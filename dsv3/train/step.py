@@ -59,6 +59,7 @@ class StepMetrics:
     """Before clipping."""
     learning_rate: float
     batch_sequences: int
+    batch_tokens: int
     bias_update_speed: float
     load: tuple[Int[Tensor, " expert"], ...]
     """Tokens sent to each expert, for every MoE layer, MTP modules last; on the CPU."""
@@ -116,6 +117,7 @@ def train_step(state: TrainState, *, batches: Sequence[TokenBatch]) -> StepMetri
         gradient_norm=norm,
         learning_rate=rate,
         batch_sequences=whole.num_sequences,
+        batch_tokens=sum(batch.num_tokens for batch in batches),
         bias_update_speed=speed,
         load=tuple(load.cpu() for load in passes.load),
     )

@@ -1,0 +1,143 @@
+"""What a run writes down while it trains: metrics.jsonl for programs and the report, event files for TensorBoard.
+
+The two say the same. A resumed run first forgets everything after the snapshot it goes on from, so that no step
+stands there twice.
+"""
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsv3.data.atomic import whole_file
+from dsv3.train.step import StepMetrics
+from dsv3.train.validation import ValidationResult
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+LOAD_EVERY_STEPS = 10
+"""Steps between two records of the load of every expert."""
+
+
+class MetricsLog:
+    """Appends to `metrics.jsonl`, `samples.jsonl` and `tensorboard/` of a run folder."""
+
+    def __init__(self, folder: Path, *, resumed_step: int) -> None:
+        """Open the files for a run that goes on after `resumed_step`, 0 for a new one."""
+        self._files = [folder / "metrics.jsonl", folder / "samples.jsonl"]
+        for file in self._files:
+            forget_after(file, step=resumed_step)
+        self._metrics, self._samples = (file.open("a", encoding="utf-8") for file in self._files)
+        self._board = _open_board(folder / "tensorboard", resumed_step=resumed_step)
+        if resumed_step:
+            self._write({"kind": "resume", "step": resumed_step})
+
+    def step(self, metrics: StepMetrics, *, seconds: float) -> dict[str, Any]:
+        """Record a step, and on some steps the load of every expert."""
+        record = {
+            "kind": "step",
+            "step": metrics.step,
+            "tokens": metrics.tokens,
+            "loss": metrics.loss,
+            "mtp_loss": list(metrics.mtp_loss),
+            "mtp_weight": metrics.mtp_weight,
+            "balance_loss": metrics.balance_loss,
+            "grad_norm": metrics.gradient_norm,
+            "learning_rate": metrics.learning_rate,
+            "batch_sequences": metrics.batch_sequences,
+            "bias_update_speed": metrics.bias_update_speed,
+            "max_violation": metrics.max_violation,
+            "seconds": seconds,
+            "tokens_per_second": metrics.batch_tokens / seconds,
+        }
+        self._write(record)
+        if metrics.step == 1 or metrics.step % LOAD_EVERY_STEPS == 0:
+            self._write({"kind": "load", "step": metrics.step, "load": [load.tolist() for load in metrics.load]})
+        self._draw("train", record, step=metrics.step)
+        return record
+
+    def validation(
+        self, result: ValidationResult, *, step: int, tokens: int, average: ValidationResult | None
+    ) -> dict[str, Any]:
+        """Record a validation, and beside it the bits per byte of the averaged weights."""
+        record = {
+            "kind": "validation",
+            "step": step,
+            "tokens": tokens,
+            "bits_per_byte": result.bits_per_byte,
+            "loss": result.loss,
+            "mtp_loss": list(result.mtp_loss),
+            "by_source": result.by_source,
+            "max_violation": result.max_violation,
+            "ema_bits_per_byte": None if average is None else average.bits_per_byte,
+        }
+        self._write(record)
+        self._draw("validation", record, step=step)
+        return record
+
+    def sample(self, *, step: int, prompt: str, text: str) -> dict[str, Any]:
+        """Record what the model made of a prompt."""
+        record = {"kind": "sample", "step": step, "prompt": prompt, "text": text}
+        self._write(record)
+        print(json.dumps(record, ensure_ascii=False), file=self._samples, flush=True)
+        self._board.add_text(f"sample/{prompt.strip()}", text, global_step=step)
+        return record
+
+    def force_to_disk(self) -> None:
+        """Wait until all lines are on the disk: done before a snapshot, which promises that they are there."""
+        self._board.flush()
+        for file in (self._metrics, self._samples):
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in (self._metrics, self._samples):
+            file.close()
+        self._board.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        print(json.dumps(record, ensure_ascii=False, allow_nan=False), file=self._metrics, flush=True)
+
+    def _draw(self, group: str, record: dict[str, Any], *, step: int) -> None:
+        for name, value in record.items():
+            if name in ("kind", "step") or value is None:
+                continue
+            if isinstance(value, dict):
+                values = {f"{name}/{key}": part for key, part in value.items()}
+            elif isinstance(value, list):
+                values = {f"{name}/{index}": part for index, part in enumerate(value)}
+            else:
+                values = {name: value}
+            for tag, scalar in values.items():
+                self._board.add_scalar(f"{group}/{tag}", scalar, global_step=step)
+
+
+def forget_after(file: Path, *, step: int) -> None:
+    """Remove from a file of JSON lines every record after `step`, and a last line that a kill has cut short."""
+    if not file.exists():
+        return
+    lines = file.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
+    if len(kept) < len(lines):
+        with whole_file(file) as rewritten:
+            rewritten.writelines(kept)
+
+
+def _step_of(line: bytes) -> float:
+    """Return the step of a line; a line that is no record belongs to no step that is kept."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _open_board(folder: Path, *, resumed_step: int) -> "SummaryWriter":
+    # Imported here: it takes a second, and brings warnings of its own that no reader of ours can act on.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(folder), purge_step=resumed_step + 1 if resumed_step else None)

@@ -1,0 +1,72 @@
+"""The folder of a run: one writer at a time, and one set of settings from its first snapshot on."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dsv3.config import PretrainConfig
+from dsv3.config.files import leaves, read_config, write_config
+from dsv3.errors import ConfigError, TrainingError
+from dsv3.runtime.log import get_logger
+
+FREE_TO_CHANGE = ("recipe", "runtime.threads", "batch.micro_batch_sequences")
+"""Settings a resumed run may change: they change the rounding of sums at most. All others decide what is learned."""
+FREE_GROUPS = ("snapshot.", "evaluation.")
+
+
+@contextmanager
+def open_run_folder(folder: Path, *, config: PretrainConfig) -> Iterator[None]:
+    """Make the folder, hold it against other processes while the block runs, and write `config.json`.
+
+    Raises:
+        TrainingError: the folder cannot be written, or another process is training in it.
+        ConfigError: a run is there already, with settings that lead elsewhere; names them all.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a")
+    except OSError as error:
+        raise TrainingError(
+            f"cannot write to the run folder {folder}: {error.strerror}; choose another with --run FOLDER, or make "
+            "this one writable"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise TrainingError(
+                f"another process is training in {folder}; wait for it, stop it, or choose another folder with --run"
+            ) from error
+        _settle_config(folder, config=config)
+        yield
+
+
+def _settle_config(folder: Path, *, config: PretrainConfig) -> None:
+    path = folder / "config.json"
+    if path.exists():
+        changed = _differences(read_config(path), config)
+        binding = [name for name in changed if name not in FREE_TO_CHANGE and not name.startswith(FREE_GROUPS)]
+        if binding and _has_snapshots(folder):
+            listed = "; ".join(f"{name} was {changed[name][0]!r} and is now {changed[name][1]!r}" for name in binding)
+            raise ConfigError(
+                f"the run in {folder} was started with other settings: {listed}. Put them back to go on with it, or "
+                "start another run with --run FOLDER"
+            )
+        if not changed:
+            return
+        for name, (old, new) in changed.items():
+            get_logger(__name__).info("%s: %r instead of %r from here on", name, new, old)
+    write_config(config, path=path)
+
+
+def _differences(old: PretrainConfig, new: PretrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ, by dotted name, with the old value and the new; None where a group is absent."""
+    before, after = dict(leaves(old)), dict(leaves(new))
+    names = [*before, *(name for name in after if name not in before)]
+    return {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
+
+
+def _has_snapshots(folder: Path) -> bool:
+    return any((folder / "snapshots").glob("step-*"))

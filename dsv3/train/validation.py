@@ -1,0 +1,173 @@
+"""Bits per byte on text that was never trained on.
+
+Bits per byte compares models with different tokenizers: the bits it takes to write the text down, per byte of it.
+Each document is read after a begin token, so that its first token is predicted too and every byte is counted once.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from dsv3.batch import TokenBatch
+from dsv3.data.prepared import PreparedCorpus
+from dsv3.data.tokenizer import Tokenizer
+from dsv3.model.transformer import Transformer
+from dsv3.ops.cross_entropy import token_nll
+from dsv3.train.balance import max_violation
+
+BATCH_TOKENS = 4096
+"""Tokens scored at a time, or one window where that is longer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutBatch:
+    """Windows of held-out documents."""
+
+    batch: TokenBatch
+    source: Int[Tensor, " token"]
+    """Index of the source each token comes from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """The text that is scored: the same tokens every time."""
+
+    sources: tuple[str, ...]
+    bytes: tuple[int, ...]
+    """Bytes of the scored text of each source."""
+    tokens: tuple[int, ...]
+    """Tokens of it."""
+    batches: tuple[HeldOutBatch, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationResult:
+    """What one pass over the held-out text found."""
+
+    bits_per_byte: float
+    """Over all sources together."""
+    loss: float
+    """Nats a token."""
+    mtp_loss: tuple[float, ...]
+    """Nats a token for each MTP module that ran, over the tokens it can see a target for."""
+    by_source: dict[str, float]
+    """Bits per byte of each source."""
+    load: tuple[Int[Tensor, " expert"], ...]
+    """Tokens sent to each expert over all held-out text, for each MoE layer that ran."""
+
+    @property
+    def max_violation(self) -> list[float]:
+        """MaxVio_global of each layer (arXiv 2408.15664): of the load over the whole held-out text."""
+        return [max_violation(load) for load in self.load]
+
+
+def read_held_out(corpus: PreparedCorpus, *, max_tokens: int, window: int) -> HeldOut | None:
+    """Return up to `max_tokens` held-out tokens, shared evenly among the sources; None if nothing was held out.
+
+    Documents are taken in order and cut into windows of `window` tokens, as long as a training row. A window sees
+    nothing before it but the one token it starts from. A source with less than its share leaves the rest to others.
+    """
+    tokenizer = corpus.tokenizer()
+    smallest_first = sorted(corpus.sources, key=lambda source: source.held_out_bytes)
+    documents: dict[str, list[list[int]]] = {}
+    left = max_tokens
+    for place, source in enumerate(smallest_first):
+        share = left // (len(smallest_first) - place)
+        documents[source.name] = _encode_up_to(corpus.held_out(source), tokenizer=tokenizer, count=share)
+        left -= sum(len(document) for document in documents[source.name])
+    sources = tuple(source.name for source in corpus.sources if documents[source.name])
+    if not sources:
+        return None
+    length_of = torch.tensor([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)])
+    num_bytes = tuple(sum(int(length_of[torch.tensor(d)].sum()) for d in documents[name]) for name in sources)
+    windows = [
+        (index, piece)
+        for index, name in enumerate(sources)
+        for document in documents[name]
+        for piece in _windows([tokenizer.bos_id, *document], length=window)
+    ]
+    return HeldOut(
+        sources=sources,
+        bytes=num_bytes,
+        tokens=tuple(sum(len(document) for document in documents[name]) for name in sources),
+        batches=tuple(_batches(windows, size=max(BATCH_TOKENS, window))),
+    )
+
+
+def _encode_up_to(texts: list[str], *, tokenizer: Tokenizer, count: int) -> list[list[int]]:
+    """Encode texts in order until there are `count` tokens; the last one is cut there."""
+    documents = []
+    for text in texts:
+        if count <= 0:
+            break
+        ids = tokenizer.encode(text)[:count]
+        count -= len(ids)
+        if ids:
+            documents.append(ids)
+    return documents
+
+
+def _windows(ids: list[int], *, length: int) -> list[list[int]]:
+    """Cut into pieces of `length` inputs and one more token; each begins with the last token of the one before."""
+    return [ids[start : start + length + 1] for start in range(0, len(ids) - 1, length)]
+
+
+def _batches(windows: list[tuple[int, list[int]]], *, size: int) -> list[HeldOutBatch]:
+    """Put windows together, the longest first, so that whole windows meet their like and share one attention call."""
+    waiting = sorted(windows, key=lambda window: -len(window[1]))
+    batches = []
+    while waiting:
+        taken, tokens = 0, 0
+        while taken < len(waiting) and (taken == 0 or tokens + len(waiting[taken][1]) - 1 <= size):
+            tokens += len(waiting[taken][1]) - 1
+            taken += 1
+        batches.append(_batch(waiting[:taken]))
+        waiting = waiting[taken:]
+    return batches
+
+
+def _batch(windows: Sequence[tuple[int, list[int]]]) -> HeldOutBatch:
+    inputs = TokenBatch.from_sequences([ids[:-1] for _, ids in windows])
+    targets = torch.tensor([token for _, ids in windows for token in ids[1:]])
+    source = torch.tensor([index for index, ids in windows for _ in ids[1:]])
+    batch = TokenBatch(tokens=inputs.tokens, positions=inputs.positions, starts=inputs.starts, targets=targets)
+    return HeldOutBatch(batch=batch, source=source)
+
+
+@torch.no_grad()
+def validate(model: Transformer, *, held_out: HeldOut, mtp: bool) -> ValidationResult:
+    """Score the held-out text; with `mtp`, the MTP modules as well. The model is left in the mode it was in."""
+    device = model.lm_head.weight.device
+    was_training = model.training
+    model.eval()
+    nats = torch.zeros(len(held_out.sources), dtype=torch.float64)
+    mtp_nats = [0.0] * (len(model.mtp) if mtp else 0)
+    mtp_tokens = [0] * len(mtp_nats)
+    load: list[Tensor] = []
+    for piece in held_out.batches:
+        output = model(piece.batch.to(device), mtp=mtp)
+        assert piece.batch.targets is not None
+        nll = token_nll(output.hidden, weight=model.lm_head.weight, targets=piece.batch.targets.to(device))
+        nats.index_add_(0, piece.source, nll.double().cpu())
+        for depth, one in enumerate(output.mtp):
+            assert one.batch.targets is not None
+            ahead = token_nll(one.hidden, weight=model.lm_head.weight, targets=one.batch.targets)
+            mtp_nats[depth] += ahead.double().sum().item()
+            mtp_tokens[depth] += one.batch.num_tokens
+        here = [routing.load.cpu() for routing in output.routings]
+        load = [sofar + new for sofar, new in zip(load, here, strict=True)] if load else here
+    model.train(was_training)
+    bits = (nats / math.log(2)).tolist()
+    return ValidationResult(
+        bits_per_byte=sum(bits) / sum(held_out.bytes),
+        loss=nats.sum().item() / sum(held_out.tokens),
+        mtp_loss=tuple(total / max(count, 1) for total, count in zip(mtp_nats, mtp_tokens, strict=True)),
+        by_source={
+            name: found / size for name, found, size in zip(held_out.sources, bits, held_out.bytes, strict=True)
+        },
+        load=tuple(load),
+    )
