@@ -9,7 +9,9 @@ import os
 import sys
 import types
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -36,9 +38,7 @@ def from_dict(cls: type[Config], values: dict[str, Any], *, path: str = "") -> C
         ConfigError: an unknown key (named with its nearest neighbour), a value of the wrong type, or values that
             the record itself refuses.
     """
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path or cls.__name__} = {values!r}; it must be a group of settings, {{...}}")
-    hints = get_type_hints(cls)
+    hints = type_hints(cls)
     required = {field.name for field in _fields(cls) if field.default is MISSING and field.default_factory is MISSING}
     read: dict[str, Any] = {}
     for key, value in values.items():
@@ -64,7 +64,8 @@ def write_config(config: Any, *, path: Path) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # whatever kept us from writing may keep us from tidying up; the first error counts
+            partial.unlink()
         raise ConfigError(f"cannot write the settings to {path}: {error.strerror}") from error
 
 
@@ -110,10 +111,18 @@ def leaves(config: Any, *, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def dotted_names(cls: type, *, path: str = "") -> Iterator[str]:
     """Yield the dotted name of every setting and group of settings below a config class, absent groups included."""
-    for name, hint in get_type_hints(cls).items():
+    for name, hint in type_hints(cls).items():
         yield join(path, name)
         if (group := group_class(hint)) is not None:
             yield from dotted_names(group, path=join(path, name))
+
+
+def type_hints(cls: Any) -> dict[str, Any]:
+    """Return the annotation of each field of a config class."""
+    return _resolved_hints(cls)
+
+
+_resolved_hints = cache(get_type_hints)
 
 
 def group_class(hint: Any) -> type | None:
@@ -124,7 +133,7 @@ def group_class(hint: Any) -> type | None:
 
 def unknown_key_message(cls: type, *, key: str, path: str) -> str:
     """Say that `key` is no setting of `cls`, which sits at the dotted `path`, and which one may have been meant."""
-    siblings = difflib.get_close_matches(key, get_type_hints(cls), n=1)
+    siblings = difflib.get_close_matches(key, type_hints(cls), n=1)
     if siblings:
         return f"unknown key '{join(path, key)}'; did you mean '{join(path, siblings[0])}'?"
     # The right name may have been put into the wrong group, as `optim.peak` for `optim.learning_rate.peak`; look
@@ -133,9 +142,7 @@ def unknown_key_message(cls: type, *, key: str, path: str) -> str:
         by_last_part = {name.rpartition(".")[2]: name for name in reversed(names)}
         if near := difflib.get_close_matches(key, by_last_part, n=1, cutoff=0.7):
             return f"unknown key '{join(path, key)}'; did you mean '{by_last_part[near[0]]}'?"
-    return (
-        f"unknown key '{join(path, key)}'; {f'{path!r} has' if path else 'there are'} {', '.join(get_type_hints(cls))}"
-    )
+    return f"unknown key '{join(path, key)}'; {f'{path!r} has' if path else 'there are'} {', '.join(type_hints(cls))}"
 
 
 def join(path: str, name: str) -> str:
@@ -167,6 +174,8 @@ def _read(value: Any, *, hint: Any, path: str) -> Any:
         return tuple(_read(item, hint=get_args(hint)[0], path=f"{path}[{place}]") for place, item in enumerate(value))
     if is_dataclass(hint):
         assert isinstance(hint, type)
+        if not isinstance(value, dict):
+            raise ConfigError(f"{path} = {value!r}; it must be a group of settings, {{...}}")
         return from_dict(hint, value, path=path)
     return _READERS[hint](value, path)
 

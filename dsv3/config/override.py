@@ -1,9 +1,9 @@
 """`--set a.b=c`: change settings of a recipe by their dotted names."""
 
 import json
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
-from dsv3.config.files import from_dict, group_class, join, to_dict, unknown_key_message
+from dsv3.config.files import from_dict, group_class, join, to_dict, type_hints, unknown_key_message
 from dsv3.errors import ConfigError
 
 Config = TypeVar("Config")
@@ -53,7 +53,7 @@ def _assign(values: dict[str, Any], *, cls: type, key: str, text: str) -> None:
         values[last] = value
         return
     if not isinstance(value, dict):
-        names = list(get_type_hints(group))
+        names = list(type_hints(group))
         raise ConfigError(
             f"'{key}' is a group of settings ({', '.join(names)}); set one of them, such as {key}.{names[0]}={text}, "
             f'or several at once with {key}={{"{names[0]}": ...}}'
@@ -74,7 +74,7 @@ def _merge(values: dict[str, Any], *, name: str, part: Any) -> None:
 
 
 def _hint(cls: type, *, name: str, path: str) -> Any:
-    hints = get_type_hints(cls)
+    hints = type_hints(cls)
     if name not in hints:
         raise ConfigError(unknown_key_message(cls, key=name, path=path))
     return hints[name]

@@ -105,7 +105,7 @@ _OF_A_SMALLER_MODEL = {
     "model.v_head_dim": _SMALLER,
     "model.intermediate_size": _SMALLER,
     "model.moe_intermediate_size": _SMALLER,
-    "model.max_position_embeddings": "a context extension sixteenfold is more than these models are meant for",
+    "model.max_position_embeddings": "sixteen times the training length, where the published has forty",
     "model.n_routed_experts": _FEWER_EXPERTS,
     "model.first_k_dense_replace": "of so few layers, as few are dense",
     "batch.sequence_length": "documents of the small corpora are short, and short rows fit small machines",

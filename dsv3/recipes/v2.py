@@ -104,7 +104,7 @@ def _steps_down(*, peak: float, first_tokens: int, second_tokens: int) -> Learni
         warmup_steps=2000,
         constant_until_tokens=first_tokens,
         cosine_until_tokens=first_tokens,
-        cosine_floor=peak * 0.316,
+        cosine_floor=round(peak * 0.316, 12),
         hold_until_tokens=second_tokens,
-        final=peak * 0.316 * 0.316,
+        final=round(peak * 0.316 * 0.316, 12),
     )
