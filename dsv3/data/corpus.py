@@ -86,9 +86,13 @@ def _all_documents(source: SourceConfig, *, log: ReadingLog) -> Iterator[Documen
 
 def _folder_documents(folder: Path, *, log: ReadingLog) -> Iterator[Document]:
     for place, folders, files in os.walk(folder, onerror=lambda error: _skip_unreadable(error, folder=folder, log=log)):
-        for hidden in sorted(name for name in folders if name.startswith(".")):
-            log.skip((Path(place) / hidden).relative_to(folder).as_posix(), reason="hidden folder")
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(folders):
+            path = Path(place) / name
+            if name.startswith(".") or path.is_symlink():
+                reason = "hidden folder" if name.startswith(".") else "link to a folder"
+                log.skip(path.relative_to(folder).as_posix(), reason=reason)
+                folders.remove(name)
+        folders.sort()
         for file in sorted(files):
             path = Path(place) / file
             yield from _file_documents(path, name=path.relative_to(folder).as_posix(), log=log)

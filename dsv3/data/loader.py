@@ -177,8 +177,11 @@ def packed_rows(shard: Shard, sequence_length: int) -> Packing:
     starts = shard.file.with_suffix(f".rows-{sequence_length}.starts.npy")
     if not starts.is_file():
         packing = pack(np.diff(shard.offsets), capacity=sequence_length + 1)
-        save_array(packing.pieces, path=pieces)
-        save_array(packing.row_starts, path=starts)
+        try:
+            save_array(packing.pieces, path=pieces)
+            save_array(packing.row_starts, path=starts)
+        except OSError:  # A corpus on a full or read-only disk serves all the same; it is packed again next time.
+            return packing
     return Packing(pieces=load_array(pieces), row_starts=load_array(starts))
 
 

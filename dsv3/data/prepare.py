@@ -211,13 +211,16 @@ def _make_tokenizer(config: PretrainConfig, *, parts: list[_Part], folder: Path,
 
 
 def check_tokenizer(tokenizer: Tokenizer, *, config: PretrainConfig) -> None:
-    """Raise TokenizerError unless every id has a row in the model, and both agree on BOS and EOS."""
+    """Raise TokenizerError unless every id has a row in the model, both agree on BOS and EOS, and none is missing."""
     where = f"the tokenizer at {config.data.tokenizer}" if config.data.tokenizer else "the tokenizer"
     if tokenizer.vocab_size > config.model.vocab_size:
         raise TokenizerError(
             f"{where} uses {tokenizer.vocab_size:,} ids, more than model.vocab_size = {config.model.vocab_size:,}; "
             "raise model.vocab_size, or leave data.tokenizer empty to train one that fits"
         )
+    if config.data.fim_rate:
+        _ = tokenizer.fim_begin_id, tokenizer.fim_hole_id, tokenizer.fim_end_id
+    _ = tokenizer.pad_id
     for name, found, expected in (
         ("bos_token_id", tokenizer.bos_id, config.model.bos_token_id),
         ("eos_token_id", tokenizer.eos_id, config.model.eos_token_id),
@@ -287,6 +290,7 @@ def _pack_sources(corpus: PreparedCorpus, *, config: PretrainConfig, report: Pro
         rows += packed_rows(Shard(file, vocab_size=corpus.vocab_size), config.batch.sequence_length).num_rows
     report("pack", len(files), len(files))
     if rows < MIN_ROWS:
+        shutil.rmtree(corpus.folder / WORK)  # More text may come under the same paths: read them again then.
         tokens = sum(source.tokens for source in corpus.sources)
         raise DataError(
             f"the corpus has {tokens:,} tokens, which fill {rows} rows of batch.sequence_length = "

@@ -3,9 +3,9 @@
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import pyarrow
 import pyarrow.parquet
@@ -38,7 +38,7 @@ def record_text(record: dict[str, Any]) -> str | None:
             {"role": "user", "content": record["prompt"]},
             {"role": "assistant", "content": record["completion"]},
         ]
-    if not messages:
+    if not messages or not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         return None
     try:
         text = render_template(CHAT_TEMPLATE, messages=messages, add_generation_prompt=False)
@@ -69,17 +69,17 @@ def read_json_lines(path: Path, *, name: str, log: ReadingLog) -> Iterator[Docum
         try:
             while line := file.readline(MAX_LINE_BYTES):
                 number += 1
-                yield from _read_line(line, file=file, name=f"{name}#{number}", log=log)
+                yield from _read_line(line, readline=file.readline, name=f"{name}#{number}", log=log)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             log.skip(f"{name}#{number + 1}", reason=f"broken gzip file from here on ({type(error).__name__})")
         if not number:
             log.skip(name, reason="empty")
 
 
-def _read_line(line: bytes, *, file: BinaryIO, name: str, log: ReadingLog) -> Iterator[Document]:
+def _read_line(line: bytes, *, readline: Callable[[int], bytes], name: str, log: ReadingLog) -> Iterator[Document]:
     if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
         while line and not line.endswith(b"\n"):
-            line = file.readline(MAX_LINE_BYTES)
+            line = readline(MAX_LINE_BYTES)
         log.skip(name, reason=f"line longer than {MAX_LINE_BYTES >> 20} MiB")
         return
     if not line.strip():

@@ -44,18 +44,18 @@ HIDDEN_TOKENS = frozenset({*FIRST_TOKENS, END_OF_TURN})
 """Dropped by `decode(skip_special=True)`. In the published files the others of `LAST_TOKENS` are not marked special."""
 
 CHAT_TEMPLATE = """\
-{%- macro refuse(role) %}
-    {{- raise_exception("this chat format knows the roles system, user and assistant; found '" ~ role ~ "'") }}
-{%- endmacro %}
+{%- for message in messages %}
+    {%- if message.role not in ("system", "user", "assistant") or message.content is not string %}
+        {{- raise_exception("a message needs a text, and the role system, user or assistant; found " ~ message.role) }}
+    {%- endif %}
+{%- endfor %}
 {{- bos_token }}
 {{- messages | selectattr("role", "equalto", "system") | map(attribute="content") | join("\\n\\n") }}
 {%- for message in messages %}
     {%- if message.role == "user" %}
-        {{- "USER" ~ message.content }}
+        {{- "USER" + message.content }}
     {%- elif message.role == "assistant" %}
-        {{- "ASSISTANT" ~ message.content ~ eos_token }}
-    {%- elif message.role != "system" %}
-        {{- refuse(message.role) }}
+        {{- "ASSISTANT" + message.content + eos_token }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}

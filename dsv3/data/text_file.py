@@ -2,6 +2,7 @@
 
 import codecs
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 
 from dsv3.data.document import Document, ReadingLog
@@ -24,23 +25,17 @@ BYTE_ORDER_MARKS = (
 def read_text_file(path: Path, *, name: str, log: ReadingLog) -> Iterator[Document]:
     """Yield the text of a file, in several documents when it is long. Raises OSError when it cannot be read."""
     with path.open("rb") as file:
-        beginning = file.read(PIECE_BYTES)
+        beginning = file.read(PROBE_BYTES)
         wide = next((encoding for mark, encoding in BYTE_ORDER_MARKS if beginning.startswith(mark)), "utf-8")
-        if wide != "utf-8":
-            yield from _read_wide(beginning + file.read(), name=name, encoding=wide, log=log)
-            return
-        if looks_binary(beginning[:PROBE_BYTES]):
+        if wide == "utf-8" and looks_binary(beginning):
             log.skip(name, reason="binary file")
-            return
-        part = 0
-        while beginning:
-            piece = beginning + _rest_of_line(file) if len(beginning) == PIECE_BYTES else beginning
-            beginning = file.read(PIECE_BYTES)
-            part_name = f"{name}#{part}" if part or beginning else name
-            yield Document(name=part_name, text=decode_text(piece, name=part_name, log=log))
-            part += 1
-        if not part:
+        elif not beginning:
             log.skip(name, reason="empty")
+        elif wide == "utf-8":
+            file.seek(0)
+            yield from _read_bytes(file, name=name, log=log)
+        else:
+            yield from _read_wide(path, name=name, encoding=wide, log=log)
 
 
 def decode_text(data: bytes, *, name: str, log: ReadingLog) -> str:
@@ -59,15 +54,27 @@ def looks_binary(beginning: bytes) -> bool:
     return b"\0" in beginning or control > MAX_CONTROL_SHARE * len(beginning)
 
 
-def _rest_of_line(file: object) -> bytes:
-    return file.readline(PIECE_BYTES)  # type: ignore[attr-defined]
+def _read_bytes(file: BufferedReader, *, name: str, log: ReadingLog) -> Iterator[Document]:
+    part = 0
+    while piece := file.read(PIECE_BYTES):
+        if len(piece) == PIECE_BYTES:
+            piece += file.readline(PIECE_BYTES)
+            while (following := file.peek(1)[:1]) and not piece.endswith(b"\n") and 0x80 <= following[0] < 0xC0:
+                piece += file.read(1)  # The end of a line never came; a character is not to be cut all the same.
+        part_name = f"{name}#{part}" if part or file.peek(1) else name
+        yield Document(name=part_name, text=decode_text(piece, name=part_name, log=log))
+        part += 1
 
 
-def _read_wide(data: bytes, *, name: str, encoding: str, log: ReadingLog) -> Iterator[Document]:
+def _read_wide(path: Path, *, name: str, encoding: str, log: ReadingLog) -> Iterator[Document]:
+    """Read UTF-16 or UTF-32, which no byte-wise rule applies to."""
     try:
-        text = data.decode(encoding)
+        with path.open(encoding=encoding, newline="") as file:
+            part = 0
+            while text := file.read(PIECE_BYTES):
+                yield Document(name=f"{name}#{part}" if part else name, text=text)
+                part += 1
     except UnicodeDecodeError:
-        log.skip(name, reason=f"marked as {encoding.upper()} but not valid as such")
+        log.skip(name, reason=f"marked as {encoding.upper()} but not valid as such from some place on")
         return
     log.change(name, reason=f"{encoding.upper()}: read by its byte order mark")
-    yield Document(name=name, text=text)
