@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,7 +57,7 @@ def test_an_empty_stop_string_is_refused():
 )
 def test_how_text_is_cut_into_pieces_changes_nothing(text, stop, cuts):
     bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    pieces = [text[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
+    pieces = [text[begin:end] for begin, end in pairwise(bounds)]
     assert shown(pieces, stop=stop) == shown([text], stop=stop)
 
 
