@@ -163,7 +163,7 @@ def _require_free(folder: Path, *, overwrite: bool) -> None:
         return
     raise CheckpointError(
         f"{folder} already holds {', '.join(names[:5])}{' and more' if len(names) > 5 else ''}, which dsv3 did not "
-        "write there; give another folder, or say that it may be overwritten"
+        "write there; give another folder, or allow it with overwrite (--overwrite)"
     )
 
 
