@@ -125,15 +125,18 @@ def test_a_cache_for_more_mtp_layers_than_the_model_has_is_refused():
         new_cache(num_mtp_layers=2)
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=6))
-def test_growing_past_the_first_reservation_keeps_every_row(lengths):
-    cache = new_cache(capacity=2000)
-    expected = []
-    for turn, length in enumerate(lengths):
-        append(cache, batch_at(firsts=[len(expected)], lengths=[length]), value=1000 * turn, layers=[0])
-        expected += [1000.0 * turn + row for row in range(length)]
-    assert cache.rows(layer=0, sequence=0, length=len(expected))[0][:, 0].tolist() == expected
+@settings(max_examples=20)
+@given(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)), min_size=1, max_size=6))
+def test_growing_past_the_first_reservation_keeps_every_row(turns):
+    cache = new_cache(num_sequences=2, capacity=2000)
+    expected = [[], []]
+    for turn, lengths in enumerate(turns):
+        batch = batch_at(firsts=[len(rows) for rows in expected], lengths=list(lengths))
+        append(cache, batch, value=1000 * turn, layers=[0])
+        expected[0] += [1000.0 * turn + row for row in range(lengths[0])]
+        expected[1] += [1000.0 * turn + lengths[0] + row for row in range(lengths[1])]
+    for sequence, rows in enumerate(expected):
+        assert cache.rows(layer=0, sequence=sequence, length=len(rows))[0][:, 0].tolist() == rows
 
 
 def test_a_cache_filled_in_inference_mode_can_be_used_outside_it():

@@ -67,6 +67,14 @@ def test_a_second_turn_computes_only_what_is_new(scripted):
     assert model.tokens_run == [3, 1, 1, 1, 2, 1]
 
 
+def test_what_a_new_prompt_does_not_share_is_forgotten(scripted):
+    model = scripted(40, 41, EOS)
+    cached = CachedTokens(model)
+    list(start(model, cached=cached, **GREEDY))
+    assert cached.missing([5, 6, 9, 40]) == [9, 40]
+    assert (cached.ids, cached.cache.length(0)) == ([5, 6], 2)
+
+
 def test_a_repeated_prompt_still_computes_its_last_token(scripted):
     model = scripted(EOS, EOS)
     cached = CachedTokens(model)

@@ -82,6 +82,11 @@ def test_top_k_beyond_the_vocabulary_leaves_all_in():
     assert probabilities.tolist() == [[0.25] * 4]
 
 
+def test_top_p_keeps_no_token_beyond_those_that_just_reach_it():
+    params = SamplingParams(temperature=1.0, top_p=0.5)
+    assert next_probabilities(torch.zeros(1, 4), params=params).tolist() == [[0.5, 0.5, 0, 0]]
+
+
 def test_top_p_is_measured_after_top_k():
     # Of 0.4, 0.3, 0.2, 0.1 top-k 2 leaves 4/7 and 3/7; the first alone reaches 0.5.
     logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
