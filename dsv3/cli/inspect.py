@@ -75,6 +75,10 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Count parameters, FLOPs, cache and memory, and show the schedule of a recipe, run or model."""
         subject = find_subject(what, assignments=assignments or [])
+        if against is not None and context is not None:
+            raise ConfigError(
+                "--context means nothing beside --against, which compares settings; leave one of them out"
+            )
         if against is not None:
             findings = compare(subject, against=against)
             typer.echo(json.dumps(findings, indent=2)) if as_json else _show_comparison(findings, what=what)

@@ -50,20 +50,21 @@ def build_app(options: Options) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
 
-    @app.callback(invoke_without_command=True)
+    def print_version(wanted: bool) -> bool:
+        if wanted:
+            typer.echo(f"dsv3 {__version__}")
+            raise typer.Exit
+        return wanted
+
+    @app.callback()
     def before_the_verb(
-        context: typer.Context,
-        version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+        version: Annotated[  # noqa: ARG001 - its callback has printed it, before a verb could be missed
+            bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and stop.")
+        ] = False,
         quiet: Annotated[bool, typer.Option("--quiet", help="Log warnings only.")] = False,
         traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
     ) -> None:
         options.traceback = traceback
-        if version:
-            typer.echo(f"dsv3 {__version__}")
-            raise typer.Exit
-        if context.invoked_subcommand is None:
-            typer.echo(context.get_help())
-            raise typer.Exit
         show_log(level=logging.WARNING if quiet else logging.INFO)
 
     for verb in VERBS:
@@ -73,9 +74,10 @@ def build_app(options: Options) -> typer.Typer:
 
 
 def _run(app: typer.Typer, *, options: Options, arguments: Sequence[str] | None) -> int:
-    """Run the verb and return the exit status."""
+    """Run the verb and return the exit status; without any argument, print the help."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        status = app(args=None if arguments is None else list(arguments), prog_name="dsv3", standalone_mode=False)
+        status = app(args=given or ["--help"], prog_name="dsv3", standalone_mode=False)
         return status if isinstance(status, int) else 0
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -182,5 +182,5 @@ class ModelConfig:
         return self.topk_method == "noaux_tc"
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether block `layer` (counted from 0, MTP modules after the last) has routed experts."""
-        return layer >= self.first_k_dense_replace
+        """Whether block `layer`, counted from 0, has routed experts; MTP modules, after the last, always do."""
+        return layer >= min(self.first_k_dense_replace, self.num_hidden_layers)

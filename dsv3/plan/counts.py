@@ -142,19 +142,13 @@ def layer_counts(config: ModelConfig) -> LayerCounts:
 def count_parameters(config: ModelConfig) -> ParameterCounts:
     """Return the exact number of parameters by piece.
 
-    An MTP module is a block as the layer after the last one would be, the projection of two concatenated vectors to
+    An MTP module is a block with experts, the projection of two concatenated vectors to
     one, and three norms (report 2.2).
     """
     layer = layer_counts(config)
     moe_layers = config.num_moe_layers
     dense_layers = config.num_hidden_layers - moe_layers
     mtp_joint = 2 * config.hidden_size**2 + 3 * config.hidden_size
-    mtp_blocks = [
-        (layer.moe_layer, layer.moe_layer_active)
-        if config.is_moe_layer(config.num_hidden_layers + module)
-        else (layer.dense_layer, layer.dense_layer)
-        for module in range(config.num_nextn_predict_layers)
-    ]
     return ParameterCounts(
         embedding=config.vocab_size * config.hidden_size,
         head=config.vocab_size * config.hidden_size,
@@ -167,8 +161,8 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
         norms=config.num_hidden_layers * layer.norms + config.hidden_size,
         routed_experts_active=moe_layers * config.num_experts_per_tok * layer.expert,
         mtp_modules=config.num_nextn_predict_layers,
-        mtp=sum(stored for stored, _ in mtp_blocks) + config.num_nextn_predict_layers * mtp_joint,
-        mtp_active=sum(active for _, active in mtp_blocks) + config.num_nextn_predict_layers * mtp_joint,
+        mtp=config.num_nextn_predict_layers * (layer.moe_layer + mtp_joint),
+        mtp_active=config.num_nextn_predict_layers * (layer.moe_layer_active + mtp_joint),
     )
 
 

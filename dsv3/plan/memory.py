@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dsv3.config import ModelConfig, PretrainConfig
 from dsv3.errors import ConfigError
 from dsv3.plan.counts import count_parameters
-from dsv3.plan.published_tensors import published_tensors
+from dsv3.plan.published_tensors import checkpoint_size
 
 WEIGHT_PRECISIONS = ("float32", "bfloat16", "fp8")
 
@@ -63,12 +63,10 @@ def weight_bytes(model: ModelConfig, *, precision: str) -> int:
     in all three.
     """
     if precision == "fp8":
-        copies = (".embed_tokens.weight", ".shared_head.head.weight")  # of embedding and head, within the MTP modules
-        return sum(
-            tensor.num_bytes
-            for tensor in published_tensors(model, fp8=True)
-            if not (tensor.name.startswith("model.layers.") and tensor.name.endswith(copies))
-        )
+        copies = (
+            2 * model.num_nextn_predict_layers * model.vocab_size * model.hidden_size
+        )  # in BF16, within MTP modules
+        return checkpoint_size(model, fp8=True).num_bytes - 2 * copies
     if precision not in WEIGHT_PRECISIONS:
         raise ConfigError(f"weights were asked for in '{precision}'; choose one of {', '.join(WEIGHT_PRECISIONS)}")
     biases = _biases(model)
@@ -81,10 +79,5 @@ def _stored(model: ModelConfig) -> int:
 
 
 def _biases(model: ModelConfig) -> int:
-    counts = count_parameters(model)
-    if not model.has_router_bias:
-        return 0
-    in_mtp = sum(
-        model.is_moe_layer(model.num_hidden_layers + module) for module in range(model.num_nextn_predict_layers)
-    )
-    return counts.router_biases + in_mtp * model.n_routed_experts
+    layers = model.num_moe_layers + model.num_nextn_predict_layers
+    return layers * model.n_routed_experts if model.has_router_bias else 0

@@ -1,6 +1,6 @@
 """Every tensor of the published weight format, from the settings alone: its name, shape and number type.
 
-What `checkpoint/` writes can be checked against this list, and the size of a checkpoint is its sum.
+What `checkpoint/` writes can be checked against this list, and the size of a checkpoint is their sum.
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ class PublishedTensor:
 
 
 def published_tensors(config: ModelConfig, *, fp8: bool) -> Iterator[PublishedTensor]:
-    """Yield every tensor of a published checkpoint: the main model, then each MTP module with its copies.
+    """Yield every tensor of a published checkpoint: the globals, the layers, then each MTP module with its copies.
 
     With `fp8`, the linear layers of attention, MLP and experts are E4M3, each with a `weight_scale_inv` of one FP32
     for a block of 128 x 128 (a ragged last block has one too). Embedding, head, norms, routers and `eh_proj` stay
@@ -39,22 +39,13 @@ def published_tensors(config: ModelConfig, *, fp8: bool) -> Iterator[PublishedTe
 
     Source: README_WEIGHTS.md of the V3 repository and the shapes of the released files.
     """
-    hidden = config.hidden_size
-    yield _bf16("model.embed_tokens.weight", config.vocab_size, hidden)
+    yield from _outside_the_layers(config)
     for layer in range(config.num_hidden_layers):
         yield from _block(config, layer=layer, fp8=fp8)
-    yield _bf16("model.norm.weight", hidden)
-    yield _bf16("lm_head.weight", config.vocab_size, hidden)
     for module in range(config.num_nextn_predict_layers):
         layer = config.num_hidden_layers + module
-        prefix = f"model.layers.{layer}"
-        yield _bf16(f"{prefix}.embed_tokens.weight", config.vocab_size, hidden)
-        yield _bf16(f"{prefix}.enorm.weight", hidden)
-        yield _bf16(f"{prefix}.hnorm.weight", hidden)
-        yield _bf16(f"{prefix}.eh_proj.weight", hidden, 2 * hidden)
+        yield from _around_mtp_block(config, layer=layer)
         yield from _block(config, layer=layer, fp8=fp8)
-        yield _bf16(f"{prefix}.shared_head.norm.weight", hidden)
-        yield _bf16(f"{prefix}.shared_head.head.weight", config.vocab_size, hidden)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +59,36 @@ class CheckpointSize:
 
 def checkpoint_size(config: ModelConfig, *, fp8: bool) -> CheckpointSize:
     """Return number and bytes of the tensors: 91,991 and 688,574,839,360 for V3 in FP8, MTP module included."""
-    tensors, num_bytes = 0, 0
-    for tensor in published_tensors(config, fp8=fp8):
-        tensors += 1
-        num_bytes += tensor.num_bytes
-    return CheckpointSize(tensors=tensors, num_bytes=num_bytes)
+    modules = config.num_nextn_predict_layers
+    after_the_last = config.num_hidden_layers
+    # One layer of each kind stands for all of them: listing the 92 thousand tensors would take a noticeable moment.
+    pieces = [
+        (1, list(_outside_the_layers(config))),
+        (config.num_hidden_layers - config.num_moe_layers, list(_block(config, layer=0, fp8=fp8))),
+        (config.num_moe_layers + modules, list(_block(config, layer=after_the_last, fp8=fp8))),
+        (modules, list(_around_mtp_block(config, layer=after_the_last))),
+    ]
+    return CheckpointSize(
+        tensors=sum(count * len(tensors) for count, tensors in pieces),
+        num_bytes=sum(count * sum(tensor.num_bytes for tensor in tensors) for count, tensors in pieces),
+    )
+
+
+def _outside_the_layers(config: ModelConfig) -> Iterator[PublishedTensor]:
+    yield _bf16("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+    yield _bf16("model.norm.weight", config.hidden_size)
+    yield _bf16("lm_head.weight", config.vocab_size, config.hidden_size)
+
+
+def _around_mtp_block(config: ModelConfig, *, layer: int) -> Iterator[PublishedTensor]:
+    """What an MTP module has beside its block: its norms and projection, and copies of embedding and head."""
+    hidden, prefix = config.hidden_size, f"model.layers.{layer}"
+    yield _bf16(f"{prefix}.embed_tokens.weight", config.vocab_size, hidden)
+    yield _bf16(f"{prefix}.enorm.weight", hidden)
+    yield _bf16(f"{prefix}.hnorm.weight", hidden)
+    yield _bf16(f"{prefix}.eh_proj.weight", hidden, 2 * hidden)
+    yield _bf16(f"{prefix}.shared_head.norm.weight", hidden)
+    yield _bf16(f"{prefix}.shared_head.head.weight", config.vocab_size, hidden)
 
 
 def _block(config: ModelConfig, *, layer: int, fp8: bool) -> Iterator[PublishedTensor]:
