@@ -21,6 +21,7 @@ Seed = Annotated[int | None, typer.Option(help="The same seed gives the same tex
 Stop = Annotated[
     list[str] | None, typer.Option(help="Text to stop at, not shown; may be given several times, a newline as $'\\n'.")
 ]
+Weights = Annotated[str, typer.Option(help="trained, or average: the moving average that a training run keeps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Threads = Annotated[int, typer.Option(help="CPU threads; 0 takes all that this process may use.")]
@@ -43,6 +44,7 @@ def generate(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object when done, instead of text as it comes.")
     ] = False,
+    weights: Weights = "trained",
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = 0,
@@ -62,7 +64,7 @@ def generate(
     }
     sampling_params(**settings)  # A wrong option is refused before minutes go into loading.
     set_threads(threads)
-    loaded = load(model, dtype=dtype, device=device)
+    loaded = load(model, dtype=dtype, device=device, weights=weights)
     text = sys.stdin.read() if prompt == "-" else prompt
     stream = loaded.stream(text, **settings)
     if as_json:

@@ -26,6 +26,9 @@ from dsv3.runtime.log import get_logger
 
 log = get_logger(__name__)
 
+WEIGHTS = ("trained", "average")
+"""The weights of a run that can be asked for: those of the last step, or their moving average."""
+
 
 class _PlainSettings(TypedDict, total=False):
     max_tokens: int | None
@@ -153,48 +156,61 @@ def sampling_params(*, stop: str | Sequence[str] = (), **settings: Unpack[_Plain
     return SamplingParams(**settings, stop=(stop,) if isinstance(stop, str) else tuple(stop))
 
 
-def load(folder: str | Path, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+def load(folder: str | Path, *, dtype: str = "auto", device: str = "auto", weights: str = "trained") -> LoadedModel:
     """Load a model to use it: from a training run, from an export, or in the published format.
 
     Of a run, the finished export is taken, else the newest snapshot. `dtype` is 'auto' (BF16 on CUDA, FP32 on CPU),
-    'float32' or 'bfloat16'; `device` is 'auto', 'cpu', 'cuda' or 'cuda:N'.
+    'float32' or 'bfloat16'; `device` is 'auto', 'cpu', 'cuda' or 'cuda:N'. `weights` 'average' takes a run's moving
+    average of the weights (report 3.2.3) from its newest snapshot instead of the weights themselves.
 
     Raises:
         CheckpointError: the folder is none of these, or its weights do not fit its config.json.
+        ConfigError: a device that is not here, or an average where none was kept.
         TokenizerError: the tokenizer has more ids than the model has rows.
     """
-    found = find_model(folder)
+    if weights not in WEIGHTS:
+        raise ConfigError(f"weights = {weights!r}; choose one of {', '.join(repr(name) for name in WEIGHTS)}")
+    found = find_model(folder, snapshot_only=weights == "average")
+    if weights == "average" and not found.is_snapshot:
+        raise ConfigError(f"only a training run keeps an average of its weights; {found.weights} is no run folder")
     where = choose_device(device)
     compute = choose_dtype(dtype, device=where)
     run = None if found.run is None else read_config(found.run / "config.json")
     if found.is_snapshot:
         assert run is not None
-        model = _load_snapshot(found, config=run.model, dtype=compute, device=where)
+        model = _load_snapshot(found, config=run.model, weights=weights, dtype=compute, device=where)
     else:
         model = load_published(found.weights, dtype=compute, device=where)
     tokenizer = _load_tokenizer(found, config=model.config)
     return LoadedModel(
         model.eval().requires_grad_(False),
         tokenizer=tokenizer,
-        source=str(found.weights),
+        source=f"{found.weights}{' (average)' if weights == 'average' else ''}",
         is_base=run is not None or tokenizer is None or not tokenizer.settings.get("chat_template"),
         trained_length=model.config.max_position_embeddings if run is None else run.batch.sequence_length,
     )
 
 
-def _load_snapshot(found: ModelFolder, *, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Transformer:
+def _load_snapshot(
+    found: ModelFolder, *, config: ModelConfig, weights: str, dtype: torch.dtype, device: torch.device
+) -> Transformer:
     """Make the model of a run's newest snapshot; training keeps its weights in FP32, `dtype` is what we compute in."""
     tensors, _ = read_snapshot(found.weights)
+    named = dict(tensors["model"])
+    if weights == "average":
+        if "average" not in tensors:
+            raise ConfigError(f"{found.weights} has no average of the weights: the run had optim.ema_decay = 0")
+        named |= tensors["average"]  # Router biases are not averaged and stay as they are.
     with torch.device("meta"):
         model = Transformer(config)
     parameters = {name for name, _ in model.named_parameters()}
     # Router biases stay in FP32 in every dtype: a step of gamma = 0.001 is lost in BF16.
-    weights = {
+    cast = {
         name: tensor.to(device=device, dtype=dtype if name in parameters else tensor.dtype)
-        for name, tensor in tensors["model"].items()
+        for name, tensor in named.items()
     }
     try:
-        model.load_state_dict(weights, assign=True)
+        model.load_state_dict(cast, assign=True)
     except RuntimeError as error:
         raise CheckpointError(f"the snapshot {found.weights} does not fit {found.run}/config.json: {error}") from error
     return model

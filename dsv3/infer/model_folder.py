@@ -29,8 +29,10 @@ class ModelFolder:
     """tokenizer.json, or None where there is none: such a model answers token ids only."""
 
 
-def find_model(folder: str | Path) -> ModelFolder:
+def find_model(folder: str | Path, *, snapshot_only: bool = False) -> ModelFolder:
     """Find the weights: a published layout as it is, of a run its finished export, else its newest snapshot.
+
+    With `snapshot_only` a run gives its newest snapshot even when it has an export.
 
     Raises:
         CheckpointError: the folder is neither; says what is in it.
@@ -44,12 +46,12 @@ def find_model(folder: str | Path) -> ModelFolder:
         in_a_run = place.name == "export" and _is_run(place.parent)
         return _published(folder, run=place.parent if in_a_run else None)
     if _is_run(folder):
-        return _of_run(folder)
+        return _of_run(folder, snapshot_only=snapshot_only)
     raise CheckpointError(f"cannot load a model from {folder}: {_describe(folder)}. {KINDS}")
 
 
-def _of_run(folder: Path) -> ModelFolder:
-    if is_published_folder(folder / "export"):
+def _of_run(folder: Path, *, snapshot_only: bool) -> ModelFolder:
+    if not snapshot_only and is_published_folder(folder / "export"):
         return _published(folder / "export", run=folder)
     snapshot = latest_snapshot(folder / "snapshots")
     if snapshot is None:

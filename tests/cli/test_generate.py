@@ -133,6 +133,7 @@ def test_the_defaults_are_those_of_the_python_interface():
         (["--stop", ""], "empty stop string"),
         (["--threads", "-1"], "threads = -1"),
         (["--dtype", "int4"], "int4"),
+        (["--weights", "average"], "is no run folder"),
         (["--prompt", "x" * 300], "the model's context is 40 tokens"),
     ],
 )

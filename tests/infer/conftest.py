@@ -92,12 +92,19 @@ def new_run(tmp_path, model_config, tokenizer):
 
 
 @pytest.fixture
-def run_with_snapshots(new_run, model, model_config):
-    """The same run with two snapshots, of which the newer one is `model`."""
+def average(model):
+    """What a run keeps as the moving average: parameters, without router biases."""
+    return {name: 0.5 * parameter for name, parameter in model.named_parameters()}
+
+
+@pytest.fixture
+def run_with_snapshots(new_run, model, model_config, average):
+    """The same run with two snapshots, of which the newer one is `model`, with its average."""
     older = Transformer(model_config)
     older.init_weights(generator=torch.Generator().manual_seed(9))
     for step, weights in ((10, older), (20, model)):
-        tensors = {"model": weights.state_dict(), "momentum": {"anything": torch.zeros(2)}}
+        tensors = {"model": weights.state_dict(), "first_moment": {"anything": torch.zeros(2)}}
+        tensors |= {"average": average} if weights is model else {}
         save_snapshot(new_run / "snapshots", step=step, tensors=tensors, state={}, policy=SnapshotConfig(keep_last=5))
     return new_run
 

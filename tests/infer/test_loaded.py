@@ -1,8 +1,11 @@
+import shutil
+
 import pytest
 import torch
 
 import dsv3
 from dsv3.batch import TokenBatch
+from dsv3.checkpoint.published import save_published
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import CheckpointError, ConfigError, TokenizerError
 from dsv3.infer.loaded import LoadedModel, load, sampling_params
@@ -48,6 +51,24 @@ def test_a_run_is_known_as_a_base_model_of_its_row_length(run_with_snapshots, pu
     run, other = load(run_with_snapshots, **CPU), load(published, **CPU)
     assert (run.is_base, run.trained_length) == (True, 32)
     assert (other.is_base, other.trained_length) == (False, 64)
+
+
+def test_the_average_of_a_run_is_loaded_when_asked_for(run_with_snapshots, model, average):
+    save_published(model, folder=run_with_snapshots / "export", tokenizer_folder=None, dtype=torch.float32)
+    loaded = load(run_with_snapshots, weights="average", **CPU)
+    for name, tensor in loaded.model.state_dict().items():
+        assert torch.equal(tensor, average.get(name, model.state_dict()[name]))
+    assert loaded.source.endswith("step-000020 (average)")
+
+
+def test_an_average_that_was_not_kept_is_refused(run_with_snapshots, published):
+    with pytest.raises(ConfigError, match="is no run folder"):
+        load(published, weights="average", **CPU)
+    shutil.rmtree(run_with_snapshots / "snapshots" / "step-000020")
+    with pytest.raises(ConfigError, match=r"no average of the weights: the run had optim.ema_decay = 0"):
+        load(run_with_snapshots, weights="average", **CPU)
+    with pytest.raises(ConfigError, match=r"weights = 'mean'; choose one of 'trained', 'average'"):
+        load(run_with_snapshots, weights="mean", **CPU)
 
 
 def test_a_snapshot_of_another_shape_is_refused_by_tensor_name(run_with_snapshots):
