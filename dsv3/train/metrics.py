@@ -5,6 +5,7 @@ stands there twice.
 """
 
 import json
+import math
 import os
 import warnings
 from pathlib import Path
@@ -129,9 +130,9 @@ def forget_after(file: Path, *, step: int) -> None:
 def _step_of(line: bytes) -> float:
     """Return the step of a line; a line that is no record belongs to no step that is kept."""
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return math.inf
 
 
 def _open_board(folder: Path, *, resumed_step: int) -> "SummaryWriter":

@@ -72,14 +72,8 @@ def read_held_out(corpus: PreparedCorpus, *, max_tokens: int, window: int) -> He
     nothing before it but the one token it starts from. A source with less than its share leaves the rest to others.
     """
     tokenizer = corpus.tokenizer()
-    smallest_first = sorted(corpus.sources, key=lambda source: source.held_out_bytes)
-    documents: dict[str, list[list[int]]] = {}
-    left = max_tokens
-    for place, source in enumerate(smallest_first):
-        share = left // (len(smallest_first) - place)
-        documents[source.name] = _encode_up_to(corpus.held_out(source), tokenizer=tokenizer, count=share)
-        left -= sum(len(document) for document in documents[source.name])
-    sources = tuple(source.name for source in corpus.sources if documents[source.name])
+    documents = held_out_documents(corpus, tokenizer=tokenizer, max_tokens=max_tokens)
+    sources = tuple(documents)
     if not sources:
         return None
     length_of = torch.tensor([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)])
@@ -96,6 +90,21 @@ def read_held_out(corpus: PreparedCorpus, *, max_tokens: int, window: int) -> He
         tokens=tuple(sum(len(document) for document in documents[name]) for name in sources),
         batches=tuple(_batches(windows, size=max(BATCH_TOKENS, window))),
     )
+
+
+def held_out_documents(corpus: PreparedCorpus, *, tokenizer: Tokenizer, max_tokens: int) -> dict[str, list[list[int]]]:
+    """Return the documents that `read_held_out` scores, by source and as token ids; sources without any are left out.
+
+    The baselines of an evaluation are scored on the same ones.
+    """
+    smallest_first = sorted(corpus.sources, key=lambda source: source.held_out_bytes)
+    documents: dict[str, list[list[int]]] = {}
+    left = max_tokens
+    for place, source in enumerate(smallest_first):
+        share = left // (len(smallest_first) - place)
+        documents[source.name] = _encode_up_to(corpus.held_out(source), tokenizer=tokenizer, count=share)
+        left -= sum(len(document) for document in documents[source.name])
+    return {source.name: documents[source.name] for source in corpus.sources if documents[source.name]}
 
 
 def _encode_up_to(texts: list[str], *, tokenizer: Tokenizer, count: int) -> list[list[int]]:
