@@ -184,3 +184,17 @@ def test_the_choice_of_a_step_uses_the_bias_of_before_it(shrunk, make_state, wat
     for batch, output in zip(seen.batches, seen.outputs, strict=True):
         for one, other in zip(fresh(batch, mtp=True).routings, output.routings, strict=True):
             assert torch.equal(one.experts, other.experts)
+
+
+def test_the_batch_wise_loss_takes_all_tokens_of_the_batch_as_one_sequence(
+    shrunk, make_state, watched_step, micro_batches
+):
+    """Catches: f and P of each micro-batch instead of the whole batch: then the setting would depend on memory."""
+    config = replace(shrunk, balance=replace(shrunk.balance, method="batch_loss", auxiliary_loss_weight=0.01))
+    seen = watched_step(make_state(config), batches=micro_batches())
+    expected = 0.0
+    for layer in range(3):
+        # The last three outputs are those of the step; before it the batch is run once to count.
+        whole = np.concatenate([array(output.routings[layer].affinity) for output in seen.outputs[-3:]])
+        expected += 0.01 * float(frequencies(whole, top_k=8) @ shares(whole))
+    assert seen.metrics.balance_loss == pytest.approx(expected, rel=1e-6)
