@@ -112,19 +112,25 @@ def _write_weights(
     placed: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {tensor.name: _to_store(read(tensor), tensor=tensor, dtype=dtype) for tensor in shard}
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        placed |= dict.fromkeys(tensors, name)
+        _write_shard(folder / name, shard=shard, read=read, dtype=dtype)
+        placed |= dict.fromkeys((tensor.name for tensor in shard), name)
     total = sum(_num_bytes(tensor, dtype=dtype) for tensor in layout)
     index = {"metadata": {"total_size": total, "producer": PRODUCER}, "weight_map": dict(sorted(placed.items()))}
     _write_json(folder / INDEX_FILE, values=index)
+
+
+def _write_shard(
+    path: Path, *, shard: Sequence[PublishedTensor], read: Callable[[PublishedTensor], Tensor], dtype: torch.dtype
+) -> None:
+    tensors = {tensor.name: _to_store(read(tensor), tensor=tensor, dtype=dtype) for tensor in shard}
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _to_store(value: Tensor, *, tensor: PublishedTensor, dtype: torch.dtype) -> Tensor:
     assert tuple(value.shape) == tensor.shape, tensor.name
     stored = value.detach().to("cpu", _stored_type(tensor, dtype=dtype)).contiguous()
     # Within a file no two tensors may share memory, and a copy shares that of what it repeats.
-    return stored.clone() if tensor.is_copy else stored
+    return stored.clone() if tensor.is_copy and stored.data_ptr() == value.data_ptr() else stored
 
 
 def _stored_type(tensor: PublishedTensor, *, dtype: torch.dtype) -> torch.dtype:
