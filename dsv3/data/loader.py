@@ -106,10 +106,10 @@ class RowLoader:
             for source in prepared.sources
         ]
         self._mixture = Mixture(source_weights(prepared, config=config), seed=seed)
-        self._pad_id = prepared.tokenizer().pad_id
         for source, rows in zip(self.sources, self._rows, strict=True):
             if not rows.num_rows:
                 raise DataError(f"the corpus at {prepared.folder} has no rows of '{source.name}'; prepare it again")
+        self._pad_id = prepared.tokenizer().pad_id
 
     @property
     def rows_per_epoch(self) -> dict[str, int]:
@@ -197,7 +197,7 @@ def source_weights(prepared: PreparedCorpus, *, config: PretrainConfig) -> list[
             f"{', '.join(names)}; use the settings it was made with, or another run folder"
         )
     check_weights(config)
-    configured = [weights[name] for name in names]
+    configured = [float(weights[name]) for name in names]
     return configured if any(configured) else [float(source.tokens) for source in prepared.sources]
 
 

