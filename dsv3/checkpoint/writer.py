@@ -185,7 +185,7 @@ def _is_ours(folder: Path, *, names: list[str]) -> bool:
 def _require_space(folder: Path, *, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(errno.ENOSPC, f"{needed / 1e9:,.2f} GB are needed and {free / 1e9:,.2f} GB are free")
+        raise OSError(errno.ENOSPC, f"{needed / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free")
 
 
 def _put_in_place(partial: Path, *, target: Path) -> None:

@@ -155,7 +155,7 @@ def test_what_a_killed_write_left_is_not_in_the_next_export(folder, make_model):
 def test_too_small_a_disk_is_told_before_writing(tmp_path, make_model, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10)
     monkeypatch.setattr("dsv3.checkpoint.writer.shutil.disk_usage", lambda path: usage)
-    with pytest.raises(CheckpointError, match=r"the disk is full: .*out was not written \(0\.00 GB are needed"):
+    with pytest.raises(CheckpointError, match=r"the disk is full: .*out was not written \(0\.0 MB are needed"):
         save_published(make_model(), folder=tmp_path / "out", tokenizer_folder=None)
     assert list(tmp_path.iterdir()) == []
 
