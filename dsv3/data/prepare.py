@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -236,15 +237,17 @@ def _encode_sources(
 ) -> tuple[PreparedSource, ...]:
     """Write the token shards of every source."""
     total = sum(part.spool.documents for part in parts)
+    encoder = DocumentEncoder(tokenizer, config=config.data, seed=config.runtime.seed)
     sources: list[PreparedSource] = []
     for part in parts:
         done = sum(source.documents for source in sources)
-        marker = part.work / "encoded.json"
-        if not marker.is_file():
-            on_document = partial(_report_after, report, "encode", done, total)
-            tallies = _encode_source(part, config=config, tokenizer=tokenizer, on_document=on_document)
-            write_json(tallies, path=marker)
-        tallies = json.loads(marker.read_text(encoding="utf-8"))
+        _write_shards(
+            part,
+            encoder=encoder,
+            shard_tokens=config.data.shard_tokens,
+            on_document=partial(_report_after, report, "encode", done, total),
+        )
+        shards = [Shard(file, vocab_size=tokenizer.vocab_size) for file in shard_files(part.folder)]
         sources.append(
             PreparedSource(
                 name=part.source.name,
@@ -257,28 +260,33 @@ def _encode_sources(
                 duplicates=part.spool.duplicates,
                 skipped=part.spool.skipped,
                 changed=part.spool.changed,
-                **tallies,
+                tokens=sum(int(shard.offsets[-1]) for shard in shards),
+                fim_documents=sum(
+                    _fim_documents(shard, tokenizer=tokenizer, rate=config.data.fim_rate) for shard in shards
+                ),
             )
         )
     report("encode", total, total)
     return tuple(sources)
 
 
-def _encode_source(
-    part: _Part, *, config: PretrainConfig, tokenizer: Tokenizer, on_document: Callable[[int], None]
-) -> dict[str, int]:
-    """Encode one source from its beginning, over what an interruption may have left."""
-    for leftover in part.folder.glob("shard-*"):
-        leftover.unlink()
-    encoder = DocumentEncoder(tokenizer, config=config.data, source=part.source.name, seed=config.runtime.seed)
-    writer = ShardWriter(part.folder, vocab_size=tokenizer.vocab_size, shard_tokens=config.data.shard_tokens)
-    fim_documents = 0
-    for number, document in enumerate(encoder.encode(part.documents()), start=1):
+def _write_shards(
+    part: _Part, *, encoder: DocumentEncoder, shard_tokens: int, on_document: Callable[[int], None]
+) -> None:
+    """Encode one source; what an interrupted preparation finished of it, shard by shard, is not done again."""
+    writer = ShardWriter(part.folder, vocab_size=encoder.tokenizer.vocab_size, shard_tokens=shard_tokens)
+    remaining = islice(part.documents(), writer.num_documents, None)
+    for document in encoder.encode(remaining, source=part.source.name):
         writer.add(document.ids, name=document.name)
-        fim_documents += document.is_fim
-        on_document(number)
+        on_document(writer.num_documents)
     writer.flush()
-    return {"tokens": writer.num_tokens, "fim_documents": fim_documents}
+
+
+def _fim_documents(shard: Shard, *, tokenizer: Tokenizer, rate: float) -> int:
+    """Count the documents that begin with the FIM mark after their BOS."""
+    if not rate:  # A tokenizer without the mark will do then.
+        return 0
+    return int((shard.tokens[shard.offsets[:-1] + 1] == tokenizer.fim_begin_id).sum())
 
 
 def _pack_sources(corpus: PreparedCorpus, *, config: PretrainConfig, report: ProgressCallback) -> None:

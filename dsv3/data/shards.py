@@ -33,12 +33,17 @@ def save_array(array: Shaped[ndarray, "..."], *, path: Path) -> None:
 
 
 class ShardWriter:
-    """Collects documents and writes a shard whenever there are enough tokens; holds one shard in memory."""
+    """Collects documents and writes a shard whenever there are enough tokens; holds one shard in memory.
+
+    Whole shards that an earlier, interrupted writer left in the folder are kept: `num_documents` says how many
+    documents they hold, and writing goes on after them.
+    """
 
     def __init__(self, folder: Path, *, vocab_size: int, shard_tokens: int) -> None:
         self.folder = folder
-        self.num_shards = 0
-        self.num_tokens = 0
+        whole = [Shard(file, vocab_size=vocab_size) for file in shard_files(folder)]
+        self.num_shards = len(whole)
+        self.num_documents = sum(shard.num_documents for shard in whole)
         self._dtype = token_dtype(vocab_size)
         self._shard_tokens = shard_tokens
         self._documents: list[Int[ndarray, " token"]] = []
@@ -50,7 +55,7 @@ class ShardWriter:
         self._documents.append(np.asarray(ids, dtype=self._dtype))
         self._names.append(name)
         self._collected += len(ids)
-        self.num_tokens += len(ids)
+        self.num_documents += 1
         if self._collected >= self._shard_tokens:
             self.flush()
 
@@ -98,6 +103,11 @@ class Shard:
                 "remove the corpus folder and prepare it again"
             )
         return np.memmap(self.file, dtype=self._dtype, mode="r")
+
+    @property
+    def num_documents(self) -> int:
+        """Documents."""
+        return len(self.offsets) - 1
 
     def document_name(self, document: int) -> str:
         """Return the name of a document; reads the list of names up to it."""

@@ -221,6 +221,30 @@ def test_a_finished_source_is_not_read_again(tiny_run, two_sources, tmp_path):
     assert corpus.sources[0].documents > 40
 
 
+def test_whole_shards_of_an_interrupted_source_are_not_encoded_again(tiny_run, two_sources, tmp_path):
+    config = tiny_run(*two_sources, shard_tokens=1500)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_corpus(config, folder=tmp_path / "corpus", progress=interrupt_at("encode", event=50))
+    encoded = []
+    prepare_corpus(
+        config,
+        folder=tmp_path / "corpus",
+        progress=lambda step, done, total: encoded.append(done) if step == "encode" else None,
+    )
+    assert 20 < encoded[0] <= 51
+
+
+def test_a_tokenizer_without_fim_tokens_will_do_without_fim(tiny_run, text_folder, small_tokenizer, tmp_path):
+    small_tokenizer.save(tmp_path / "given")
+    file = tmp_path / "given" / "tokenizer.json"
+    file.write_text(file.read_text(encoding="utf-8").replace("fim▁", "other▁"), encoding="utf-8")
+    config = tiny_run(source(text_folder), tokenizer=str(file))
+    with pytest.raises(TokenizerError, match="has no token <｜fim▁begin｜>"):
+        prepare_corpus(config, folder=tmp_path / "first")
+    corpus = prepare_corpus(replace(config, data=replace(config.data, fim_rate=0.0)), folder=tmp_path / "second")
+    assert corpus.sources[0].fim_documents == 0
+
+
 def test_a_killed_preparation_goes_on(tiny_run, two_sources, tmp_path):
     config = tiny_run(*two_sources, shard_tokens=1500)
     prepare_corpus(config, folder=tmp_path / "whole")
