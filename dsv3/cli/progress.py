@@ -1,16 +1,16 @@
 """What a long command shows while it works: a live picture in a terminal, plain lines anywhere else.
 
-`Progress` holds what is known, `LiveView` and `PlainView` show it. The parts that do the work know nothing of
+`Progress` holds what is known, `shown` shows it. The parts that do the work know nothing of
 either: they call back with counts or events, and `Progress` takes them.
 """
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Protocol
+from itertools import pairwise
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -18,31 +18,21 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from dsv3.train.event import TrainEvent
+
 SPARK_HEIGHTS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 40
 BAR_WIDTH = 40
 REFRESHES_PER_SECOND = 4.0
 PLAIN_SECONDS = 5.0
 """Seconds between two lines where there is no terminal."""
-
-
-class TrainingEvent(Protocol):
-    """What training reports after each step, validation or sample."""
-
-    @property
-    def kind(self) -> str:
-        """Kind of the record: 'step', 'validation', ..."""
-        ...
-
-    @property
-    def step(self) -> int:
-        """Steps done."""
-        ...
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        """The record, as in metrics.jsonl."""
-        ...
+PARTS = {
+    "read": "reading text",
+    "tokenizer": "training the tokenizer",
+    "encode": "turning text into tokens",
+    "pack": "packing tokens into rows",
+}
+"""Words for the parts of preparing a corpus; other parts are shown by their names."""
 
 
 @dataclass
@@ -77,6 +67,8 @@ class Progress:
     validation: dict[str, Any] = field(default_factory=dict)
     """The newest validation."""
     losses: list[float] = field(default_factory=list)
+    on_change: Callable[[], None] = lambda: None
+    """Called after every change; a view puts itself here."""
     _pace: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=60))
     """Times and amounts done, of which the time left is reckoned."""
 
@@ -85,7 +77,9 @@ class Progress:
         stage = self._find(name)
         stage.state, stage.started = "running", self.clock()
         self.part, self.done, self.total, self.parts_done = "", 0, 0, []
+        self.step, self.validation, self.losses = {}, {}, []
         self._pace.clear()
+        self.on_change()
 
     def finish(self, name: str, *, note: str = "") -> None:
         """Mark a stage as done, with a word on what came of it."""
@@ -97,10 +91,11 @@ class Progress:
 
     def stop(self, name: str) -> None:
         """Mark a stage as stopped before its end."""
-        self._close(name, state="stopped", note="stopped; the same command goes on from here")
+        self._close(name, state="stopped", note="")
 
     def count(self, part: str, done: int, total: int) -> None:
         """Take a count of the running stage: what it is doing, how far it is, and of how much (0: not known)."""
+        part = PARTS.get(part, part)
         if part != self.part:
             if self.part:
                 self.parts_done.append(self.part)
@@ -108,17 +103,22 @@ class Progress:
             self._pace.clear()
         self.done, self.total = done, total
         self._pace.append((self.clock(), done))
+        self.on_change()
 
-    def train(self, event: TrainingEvent) -> None:
+    def train(self, event: TrainEvent) -> None:
         """Take an event of training."""
+        if event.kind == "corpus":
+            self.count(event.metrics["part"], event.metrics["done"], event.metrics["total"])
         if event.kind == "validation":
             self.validation = event.metrics
-        if event.kind != "step":
-            return
-        self.step = event.metrics
-        self.losses.append(float(event.metrics.get("loss", float("nan"))))
-        self.done, self.total = int(event.metrics.get("tokens", 0)), self.total_tokens
-        self._pace.append((self.clock(), self.done))
+            self.on_change()
+        if event.kind == "step":
+            self.part = ""
+            self.step = event.metrics
+            self.losses.append(float(event.metrics["loss"]))
+            self.done, self.total = int(event.metrics["tokens"]), self.total_tokens
+            self._pace.append((self.clock(), self.done))
+            self.on_change()
 
     @property
     def running(self) -> StageState | None:
@@ -143,55 +143,21 @@ class Progress:
         if stage.state == "running":
             stage.seconds = self.clock() - stage.started
         stage.state, stage.note = state, note
+        self.on_change()
 
 
-class View(AbstractContextManager["View"]):
-    """Shows a `Progress`: call `update` after each change, `say` for a line that stays."""
-
-    def update(self) -> None:
-        """Show what has changed."""
-
-    def say(self, text: str) -> None:
-        """Write a line that stays."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Show the last state and leave the terminal in order."""
-
-
-class LiveView(View):
-    """A picture of the whole run, redrawn in place."""
-
-    def __init__(self, progress: Progress, *, console: Console) -> None:
-        self._live = Live(
-            get_renderable=lambda: picture(progress),
-            console=console,
-            refresh_per_second=REFRESHES_PER_SECOND,
-            transient=False,
-        )
-        self._live.start()
-
-    def say(self, text: str) -> None:
-        """Write a line above the picture."""
-        self._live.console.print(text, highlight=False)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Draw once more and give the cursor back."""
-        self._live.stop()
-
-
-class PlainView(View):
+class PlainView:
     """Lines: one when a stage begins or ends, and one every few seconds in between."""
 
-    def __init__(self, progress: Progress, *, write: Callable[[str], None], every_seconds: float = PLAIN_SECONDS) -> None:
+    def __init__(
+        self, progress: Progress, *, write: Callable[[str], None], every_seconds: float = PLAIN_SECONDS
+    ) -> None:
         self._progress = progress
         self._write = write
         self._every_seconds = every_seconds
         self._last = progress.clock()
         self._states = {stage.name: stage.state for stage in progress.stages}
+        progress.on_change = self.update
 
     def update(self) -> None:
         """Write what is due."""
@@ -204,22 +170,16 @@ class PlainView(View):
             self._last = self._progress.clock()
             self._write(f"  {plain_line(self._progress)}")
 
-    def say(self, text: str) -> None:
-        """Write a line."""
-        self._write(text)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Write the stages that have ended since."""
-        self.update()
-
-
-def open_view(progress: Progress, *, console: Console) -> View:
-    """Return the live picture in a terminal, and plain lines where the output goes to a file or a pipe."""
-    if console.is_terminal and not console.is_dumb_terminal:
-        return LiveView(progress, console=console)
-    return PlainView(progress, write=lambda text: print(text, file=console.file, flush=True))
+@contextmanager
+def shown(progress: Progress, *, console: Console) -> Iterator[None]:
+    """Show progress while the block runs: as a live picture in a terminal, as lines in a file or a pipe."""
+    if not console.is_terminal or console.is_dumb_terminal:
+        PlainView(progress, write=lambda text: print(text, file=console.file, flush=True))
+        yield
+        return
+    with Live(get_renderable=lambda: picture(progress), console=console, refresh_per_second=REFRESHES_PER_SECOND):
+        yield
 
 
 MARKS = {
@@ -255,10 +215,15 @@ def detail(progress: Progress) -> RenderableType:
     if progress.total:
         parts.append(bar_line(progress))
     elif progress.done:
-        parts.append(Text(f"{progress.done:,}", style="cyan"))
+        parts.append(Text(amount(progress), style="cyan"))
     if progress.step:
         parts.append(training_table(progress))
     return Group(*parts)
+
+
+def amount(progress: Progress) -> str:
+    """Return how much is done where nobody knows of how much: megabytes of text read, a number of anything else."""
+    return f"{progress.done / 1e6:.1f} MB" if progress.part == PARTS["read"] else f"{progress.done:,}"
 
 
 def bar_line(progress: Progress) -> Text:
@@ -308,20 +273,22 @@ def sparkline(values: Sequence[float], *, width: int = SPARK_WIDTH) -> str:
         return ""
     columns = min(width, len(finite))
     edges = [round(place * len(finite) / columns) for place in range(columns + 1)]
-    means = [sum(finite[a:b]) / (b - a) for a, b in zip(edges[:-1], edges[1:], strict=True)]
-    low, high = min(means), max(means)
+    means = [sum(finite[a:b]) / (b - a) for a, b in pairwise(edges)]
+    # The first fall of a loss would flatten all that follows: the highest eighth of the columns is cut off.
+    low, high = min(means), sorted(means)[-1 - len(means) // 8]
     if high == low:
         return SPARK_HEIGHTS[0] * columns
     scale = (len(SPARK_HEIGHTS) - 1) / (high - low)
-    return "".join(SPARK_HEIGHTS[round((mean - low) * scale)] for mean in means)
+    return "".join(SPARK_HEIGHTS[round((min(mean, high) - low) * scale)] for mean in means)
 
 
 def stage_line(stage: StageState) -> str:
     """Return the line that tells of a stage's new state."""
-    words = {"running": "begins", "done": "done", "skipped": "was done before", "stopped": "stopped"}[stage.state]
+    if stage.state == "running":
+        return f"[{stage.name}] {stage.title}"
+    words = {"done": "done", "skipped": "was done before", "stopped": "stopped"}[stage.state]
     spent = f" in {clock_time(stage.seconds)}" if stage.seconds else ""
-    note = f": {stage.note}" if stage.note else ""
-    return f"[{stage.name}] {stage.title}, {words}{spent}{note}" if stage.state != "running" else f"[{stage.name}] {stage.title}"
+    return f"[{stage.name}] {words}{spent}" + (f": {stage.note}" if stage.note else "")
 
 
 def plain_line(progress: Progress) -> str:
@@ -342,7 +309,7 @@ def plain_line(progress: Progress) -> str:
     if progress.total:
         words.append(f"{100 * min(progress.done / progress.total, 1.0):.0f} %")
     elif progress.done:
-        words.append(f"{progress.done:,}")
+        words.append(amount(progress))
     if progress.seconds_left is not None:
         words.append(f"{clock_time(progress.seconds_left)} left")
     return ", ".join(words) or "working"

@@ -32,7 +32,7 @@ class UnigramModel:
 
     @classmethod
     def train(
-        cls, sequences: Iterable[Sequence[int]], *, vocab_size: int, max_tokens: int | None = None
+        cls, sequences: Iterable[Sequence[int] | Tokens], *, vocab_size: int, max_tokens: int | None = None
     ) -> "UnigramModel":
         """Count the first `max_tokens` tokens of the sequences. The first token of each is counted too."""
         tokens = np.concatenate([np.empty(0, np.int64), *take_tokens(sequences, max_tokens=max_tokens)])
@@ -40,7 +40,7 @@ class UnigramModel:
         counts = np.bincount(tokens, minlength=vocab_size) + 1.0
         return cls(probabilities=counts / counts.sum(), training_tokens=len(tokens))
 
-    def bits(self, sequences: Iterable[Sequence[int]]) -> float:
+    def bits(self, sequences: Iterable[Sequence[int] | Tokens]) -> float:
         """Return the bits that all tokens but the first of each sequence cost; the first is context."""
         predicted = [np.asarray(sequence, np.int64)[1:] for sequence in sequences]
         return float(-np.log2(self.probabilities[np.concatenate([np.empty(0, np.int64), *predicted])]).sum())
@@ -89,7 +89,7 @@ class NgramModel:
     @classmethod
     def train(
         cls,
-        sequences: Iterable[Sequence[int]],
+        sequences: Iterable[Sequence[int] | Tokens],
         *,
         vocab_size: int,
         order: int = 3,
@@ -123,7 +123,7 @@ class NgramModel:
             tables=tuple(reversed(tables)), vocab_size=vocab_size, training_tokens=sum(len(piece) for piece in pieces)
         )
 
-    def bits(self, sequences: Iterable[Sequence[int]]) -> float:
+    def bits(self, sequences: Iterable[Sequence[int] | Tokens]) -> float:
         """Return the bits that all tokens but the first of each sequence cost; the first is context."""
         stream, predicted = pad_starts([np.asarray(sequence, np.int64) for sequence in sequences], order=self.order)
         return float(-np.log2(self.stream_probabilities(stream)[predicted]).sum())
@@ -212,7 +212,7 @@ def pad_starts(pieces: list[Tokens], *, order: int) -> tuple[Tokens, Tokens]:
     return np.concatenate(stream), np.concatenate(predicted)
 
 
-def take_tokens(sequences: Iterable[Sequence[int]], *, max_tokens: int | None) -> list[Tokens]:
+def take_tokens(sequences: Iterable[Sequence[int] | Tokens], *, max_tokens: int | None) -> list[Tokens]:
     """Return the sequences up to `max_tokens` tokens in all; the last one may be cut."""
     taken: list[Tokens] = []
     room = max_tokens

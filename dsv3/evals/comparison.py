@@ -81,12 +81,12 @@ def encode_texts(texts: Mapping[str, Iterable[str]], *, tokenizer: Tokenizer, ma
         share = None if left is None else left // (len(texts) - place)
         documents[name] = encode_up_to(source, tokenizer=tokenizer, count=share)
         if left is not None:
-            left -= sum(len(document) - 1 for document in documents[name])
+            left -= sum(len(document) for document in documents[name])
     return scored_text(documents, tokenizer=tokenizer)
 
 
 def encode_up_to(texts: Iterable[str], *, tokenizer: Tokenizer, count: int | None) -> list[list[int]]:
-    """Encode texts in order, each after a begin token, until `count` tokens are predicted."""
+    """Encode texts in order until there are `count` tokens; the last one is cut there."""
     documents = []
     for text in texts:
         if count is not None and count <= 0:
@@ -95,24 +95,27 @@ def encode_up_to(texts: Iterable[str], *, tokenizer: Tokenizer, count: int | Non
         if count is not None:
             count -= len(ids)
         if ids:
-            documents.append([tokenizer.bos_id, *ids])
+            documents.append(ids)
     return documents
 
 
 def scored_text(documents: Mapping[str, list[list[int]]], *, tokenizer: Tokenizer) -> ScoredText:
-    """Return documents with the bytes that their tokens stand for; sources without any are left out.
+    """Put a begin token before each document, and find the bytes that its tokens stand for.
+
+    Sources without any text are left out.
 
     Raises:
         DataError: none has any.
     """
-    kept = {name: found for name, found in documents.items() if any(len(document) > 1 for document in found)}
+    kept = {name: found for name, found in documents.items() if any(found)}
     if not kept:
         raise DataError("there is no text to score: all of it is empty")
     content = {
-        name: b"".join(tokenizer.token_bytes(token) for document in found for token in document[1:])
+        name: b"".join(tokenizer.token_bytes(token) for document in found for token in document)
         for name, found in kept.items()
     }
-    return ScoredText(documents=kept, content=content)
+    begun = {name: [[tokenizer.bos_id, *document] for document in found] for name, found in kept.items()}
+    return ScoredText(documents=begun, content=content)
 
 
 def score_model(
@@ -142,23 +145,22 @@ def score_baselines(
 
     Without rows there is nothing to train on, and xz alone is scored, on the text by itself.
     """
-    say = on_baseline or (lambda name: None)
     scores = []
     trained_on = sum(len(row) for row in rows)
     if trained_on:
-        say("unigram")
+        _tell(on_baseline, "unigram")
         unigram = UnigramModel.train(rows, vocab_size=tokenizer.vocab_size)
         bits = {name: unigram.bits(documents) for name, documents in text.documents.items()}
         scores.append(
             make_score("unigram", title="unigram over the same tokens", bits=bits, text=text, tokens=trained_on)
         )
-        say("3-gram")
+        _tell(on_baseline, "3-gram")
         ngram = NgramModel.train(rows, vocab_size=tokenizer.vocab_size, order=NGRAM_ORDER)
         bits = {name: ngram.bits(documents) for name, documents in text.documents.items()}
         scores.append(
             make_score("3-gram", title="Kneser-Ney 3-gram, same tokens", bits=bits, text=text, tokens=trained_on)
         )
-    say("xz")
+    _tell(on_baseline, "xz")
     whole = b"".join(text.content.values())
     alone = xz_bits(whole)
     scores.append(make_score("xz", title="xz, on this text alone", bits={}, text=text, total_bits=alone))
@@ -177,6 +179,11 @@ def score_baselines(
             )
         )
     return scores
+
+
+def _tell(listener: Callable[[str], None] | None, name: str) -> None:
+    if listener is not None:
+        listener(name)
 
 
 def make_score(

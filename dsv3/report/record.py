@@ -133,7 +133,7 @@ def read_lines(path: Path, *, notes: list[str] | None) -> list[Entry]:
 
 def distinct(samples: list[Entry]) -> list[Entry]:
     """Return each sample once: training writes its samples to both files."""
-    found = {}
+    found: dict[str, Entry] = {}
     for entry in samples:
         key = json.dumps([entry.get(name) for name in ("step", "prompt", "text", "temperature")], default=str)
         found.setdefault(key, entry)

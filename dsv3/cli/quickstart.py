@@ -1,0 +1,266 @@
+"""dsv3 quickstart: from text to a small DeepSeek-V3 model that talks, and a report of how it went.
+
+The stages stand in `quickstart_stages`, one after the other; a further one is a function and an entry there.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dsv3.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dsv3.cli.progress import Progress
+    from dsv3.cli.stages import Stage
+    from dsv3.config import PretrainConfig
+    from dsv3.model.transformer import Transformer
+
+RECIPE = "tiny"
+CLOSING_TOKENS = 120
+CLOSING_TEMPERATURE = 0.8
+CLOSING_PROMPTS = ("In the beginning ", "def ")
+"""Continued at the end of a run whose settings name no prompts."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb to the command line."""
+    app.command("quickstart")(quickstart)
+
+
+def quickstart(
+    more_data: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    run: Annotated[Path, typer.Option(help="Folder for everything the run makes.")] = Path("runs/quickstart"),
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH...",
+            help="Your own text instead of the built-in corpus: files or folders of .txt .md .py .jsonl .jsonl.gz "
+            ".parquet, or hf://NAME.",
+        ),
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Change a setting, such as total_tokens=400000."),
+    ] = None,
+) -> None:
+    """Train a small DeepSeek-V3 from text in minutes, and report on it.
+
+    Builds a corpus, trains a tokenizer, pre-trains recipe `tiny`, scores it beside baselines, samples from it and
+    writes report.html. Stopped by Ctrl-C or a crash, the same command goes on where it was.
+    """
+    from rich.console import Console
+
+    from dsv3.cli.progress import Progress, StageState, shown
+    from dsv3.cli.stages import run_stages
+
+    if more_data and not data:
+        raise ConfigError(f"what is '{more_data[0]}'? Text to train on is given as --data {' '.join(more_data)}")
+    config = quickstart_config(data=[*(data or []), *(more_data or [])], assignments=assignments or [])
+    progress = Progress(
+        title=f"dsv3 quickstart: recipe {RECIPE}, in {run}", stages=[], total_tokens=config.total_tokens
+    )
+    stages = quickstart_stages(config, folder=run, progress=progress)
+    progress.stages += [StageState(name=stage.name, title=stage.title) for stage in stages]
+    try:
+        with shown(progress, console=Console()):
+            run_stages(stages, folder=run, settings=flat_settings(config), may_change=may_change, progress=progress)
+    except KeyboardInterrupt:
+        typer.echo("Stopped; nothing is lost. The same command goes on from here.", err=True)
+        raise
+    typer.echo(closing_words(run))
+
+
+def quickstart_config(*, data: list[str], assignments: list[str]) -> "PretrainConfig":
+    """Return the settings of the run: the recipe, the user's text, then each `--set`."""
+    from dsv3.config import SourceConfig
+    from dsv3.config.override import apply_overrides
+    from dsv3.recipes import by_name
+
+    config = by_name(RECIPE)
+    if data:
+        sources = tuple(SourceConfig(path=absolute(path)) for path in data)
+        config = replace(config, data=replace(config.data, sources=sources))
+    return apply_overrides(config, assignments=assignments)
+
+
+def absolute(path: str) -> str:
+    """Return a path that means the same from any folder; `hf://` and `builtin://` names stay as they are."""
+    return path if "://" in path else str(Path(path).expanduser().absolute())
+
+
+def quickstart_stages(config: "PretrainConfig", *, folder: Path, progress: "Progress") -> list["Stage"]:
+    """Return the stages in order."""
+    from dsv3.cli.stages import Stage
+
+    return [
+        Stage(
+            name="corpus",
+            title="Corpus and tokenizer",
+            run=lambda: build_corpus(config, folder=folder, progress=progress),
+            is_done=(folder / "corpus" / "corpus.json").exists,
+        ),
+        Stage(
+            name="pretrain",
+            title="Pre-training",
+            run=lambda: train(config, folder=folder, progress=progress),
+            is_done=(folder / "export" / "config.json").exists,
+        ),
+        Stage(
+            name="evaluate",
+            title="Evaluation beside the baselines",
+            run=lambda: score(config, folder=folder, progress=progress),
+            is_done=(folder / "evaluation.json").exists,
+        ),
+        Stage(
+            name="sample",
+            title="Samples",
+            run=lambda: draw_samples(config, folder=folder, progress=progress),
+            is_done=(folder / "samples.jsonl").exists,
+        ),
+        Stage(
+            name="report",
+            title="Report",
+            run=lambda: make_report(folder),
+            is_done=(folder / "report.html").exists,
+        ),
+    ]
+
+
+def build_corpus(config: "PretrainConfig", *, folder: Path, progress: "Progress") -> str:
+    """Prepare text and tokenizer."""
+    from dsv3.data.prepare import prepare_corpus
+
+    corpus = prepare_corpus(config, folder=folder / "corpus", progress=progress.count)
+    size = sum(source.bytes for source in corpus.sources) / 1e6
+    tokens = sum(source.tokens for source in corpus.sources) / 1e6
+    return f"{size:.1f} MB of text, {tokens:.1f}M tokens, vocabulary of {corpus.vocab_size:,}"
+
+
+def train(config: "PretrainConfig", *, folder: Path, progress: "Progress") -> str:
+    """Pre-train, from the newest snapshot if there is one."""
+    from dsv3.train.loop import pretrain
+
+    result = pretrain(config, folder=folder, on_event=progress.train, sampler=training_sampler(config, folder=folder))
+    if result.interrupted:
+        raise KeyboardInterrupt
+    assert result.finished
+    held_out = f", {result.validation.bits_per_byte:.2f} bits per held-out byte" if result.validation else ""
+    return f"{result.step:,} steps, {result.tokens / 1e6:.1f}M tokens{held_out}"
+
+
+def training_sampler(config: "PretrainConfig", *, folder: Path) -> "Callable[[Transformer, str], str]":
+    """Return what continues the prompts at each validation: greedily, so that steps can be compared."""
+    from functools import cache
+
+    from dsv3.data.tokenizer import Tokenizer
+    from dsv3.infer.loaded import LoadedModel
+
+    @cache
+    def tokenizer() -> Tokenizer:
+        return Tokenizer.from_file(folder / "corpus" / "tokenizer")
+
+    def sample(model: "Transformer", prompt: str) -> str:
+        loaded = LoadedModel(
+            model,
+            tokenizer=tokenizer(),
+            source=str(folder),
+            is_base=True,
+            trained_length=config.batch.sequence_length,
+        )
+        return loaded.generate(prompt, max_tokens=config.evaluation.sample_tokens, temperature=0.0)
+
+    return sample
+
+
+def score(config: "PretrainConfig", *, folder: Path, progress: "Progress") -> str:
+    """Score the model and its baselines on the held-out text, and write evaluation.json."""
+    from dsv3.data.atomic import write_json
+    from dsv3.data.prepare import load_prepared
+    from dsv3.evals.evaluation import evaluate, held_out_text, tokens_read, training_rows
+    from dsv3.infer.loaded import load
+    from dsv3.runtime.device import set_threads
+
+    set_threads(config.runtime.threads)
+    corpus = load_prepared(folder / "corpus")
+    loaded = load(folder, dtype=config.runtime.dtype, device=config.runtime.device)
+    evaluation = evaluate(
+        loaded.model,
+        text=held_out_text(corpus, max_tokens=config.evaluation.max_tokens),
+        tokenizer=loaded.tokenizer,
+        window=config.batch.sequence_length,
+        rows=training_rows(corpus, config=config, tokens=tokens_read(folder)),
+        progress=progress.count,
+    )
+    write_json(evaluation.as_dict(), path=folder / "evaluation.json")
+    numbers = [f"{score.name} {score.bits_per_byte:.2f}" for score in [evaluation.model, *evaluation.baselines]]
+    return f"bits per byte: {', '.join(numbers)}"
+
+
+def draw_samples(config: "PretrainConfig", *, folder: Path, progress: "Progress") -> str:
+    """Let the finished model continue the prompts at a temperature, and add the texts to samples.jsonl."""
+    from dsv3.data.atomic import whole_file
+    from dsv3.evals.evaluation import last_step
+    from dsv3.infer.loaded import load
+
+    loaded = load(folder, dtype=config.runtime.dtype, device=config.runtime.device)
+    prompts = config.evaluation.sample_prompts or CLOSING_PROMPTS
+    step = last_step(folder)["step"]
+    drawn = []
+    for place, prompt in enumerate(prompts):
+        progress.count("drawing samples", place, len(prompts))
+        text = loaded.generate(
+            prompt, max_tokens=CLOSING_TOKENS, temperature=CLOSING_TEMPERATURE, seed=config.runtime.seed
+        )
+        drawn.append({"step": step, "prompt": prompt, "text": text, "temperature": CLOSING_TEMPERATURE})
+    path = folder / "samples.jsonl"
+    earlier = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    kept = [line for line in earlier if line and '"temperature"' not in line]
+    with whole_file(path) as file:
+        for line in [*kept, *(json.dumps(sample, ensure_ascii=False) for sample in drawn)]:
+            file.write(line.encode() + b"\n")
+    return f"{len(drawn)} continuations, in samples.jsonl"
+
+
+def make_report(folder: Path) -> str:
+    """Write report.html."""
+    from dsv3.report import write_report
+
+    return str(write_report(folder))
+
+
+def flat_settings(config: "PretrainConfig") -> dict[str, Any]:
+    """Return every setting by its dotted name, as JSON would give it back."""
+    from dsv3.config.files import to_dict
+
+    flat: dict[str, Any] = {}
+
+    def walk(values: dict[str, Any], path: str) -> None:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                walk(value, f"{path}{key}.")
+            else:
+                flat[f"{path}{key}"] = value
+
+    walk(json.loads(json.dumps(to_dict(config))), "")
+    return flat
+
+
+def may_change(name: str, done: set[str]) -> bool:
+    """Whether a setting may differ from the earlier sitting: what a resumed training may change, until it is done."""
+    from dsv3.train.run_folder import FREE_GROUPS, FREE_TO_CHANGE
+
+    return "pretrain" not in done and (name in FREE_TO_CHANGE or name.startswith(FREE_GROUPS))
+
+
+def closing_words(folder: Path) -> str:
+    """Say what there is now, and how to go on."""
+    return (
+        f"\nThe report, with pictures:  {folder / 'report.html'}\n"
+        f"Talk to the model:          dsv3 chat {folder}\n"
+        f'Let it continue a text:     dsv3 generate {folder} --prompt "In the beginning"\n'
+        f"Train on your own text:     dsv3 quickstart --run runs/mine --data PATH"
+    )
