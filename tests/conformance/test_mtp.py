@@ -136,3 +136,12 @@ def test_yarn_settings_reach_the_module_too(shrunk, make_model, batch, watch):
     config = replace(shrunk, model=replace(shrunk.model, rope_scaling=YarnConfig()))
     layers = watch(make_model(config), batch)
     assert layers[-1].scale == layers[0].scale > 1.8 * (shrunk.model.qk_head_dim**-0.5)
+
+
+def test_the_main_model_is_the_same_with_and_without_its_module(shrunk, make_model, batch):
+    """Catches: a main model that depends on its MTP module, which the report discards for ordinary decoding."""
+    model = make_model(shrunk)
+    with_module, without = model(batch, mtp=True), model(batch)
+    assert torch.equal(with_module.hidden, without.hidden)
+    assert without.mtp == ()
+    assert len(with_module.routings) == len(without.routings) + 1

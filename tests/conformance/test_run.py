@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from dsv3.config import SourceConfig
@@ -52,6 +53,12 @@ def run(config, tmp_path_factory):
 def steps(run) -> list[dict]:
     lines = (run.folder / "metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == "step"]
+
+
+def tensors_of(run) -> dict:
+    return {
+        name: tensor for file in sorted(run.export.glob("*.safetensors")) for name, tensor in load_file(file).items()
+    }
 
 
 def before(step: dict) -> int:
@@ -105,9 +112,7 @@ def test_a_run_pays_a_balance_loss_of_about_alpha_a_layer_at_every_step(steps):
 def test_the_finished_model_carries_the_biases_that_the_steps_have_moved(run, steps, config):
     """Catches: biases of the MTP layer left at 0, as torchtitan leaves them, or lost on the way into the export."""
     frozen_after = sum(before(step) < FREEZE for step in steps)
-    tensors = {}
-    for file in sorted(run.export.glob("*.safetensors")):
-        tensors |= load_file(file)
+    tensors = tensors_of(run)
     names = [name for name in tensors if name.endswith("e_score_correction_bias")]
     assert names == sorted(f"model.layers.{layer}.mlp.gate.e_score_correction_bias" for layer in (3, 4, 5))
     for name in names:
@@ -123,3 +128,19 @@ def test_the_run_folder_says_the_whole_recipe(run):
     assert written["balance"]["sequence_loss_weight"] == 1e-4
     assert written["model"]["rope_scaling"] is None
     assert written["optim"]["beta2"] == 0.95
+
+
+def test_a_run_stopped_and_taken_up_again_equals_one_left_alone(run, steps, config, tmp_path):
+    """Catches: nanochat's "approximate" resume; a schedule, data position, moment, average or bias that starts anew.
+    It is stopped within warm-up and ramp, and again in the cosine; weights and metrics are the same bit for bit."""
+    for steps_more in (3, 14, None):
+        resumed = pretrain(config, folder=tmp_path / "run", stop_after_steps=steps_more)
+    records = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    timeless = [
+        [{k: v for k, v in record.items() if "second" not in k} for record in of_run if record["kind"] == "step"]
+        for of_run in (steps, records)
+    ]
+    assert timeless[0] == timeless[1]
+    ours, alone = tensors_of(resumed), tensors_of(run)
+    assert ours.keys() == alone.keys()
+    assert all(torch.equal(ours[name], alone[name]) for name in alone)

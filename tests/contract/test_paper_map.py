@@ -174,3 +174,13 @@ def test_the_settings_that_inspect_calls_open_are_in_the_map():
     partly_published = {"data.fim_rate", "optim.weight_decay"}  # their rows say 'no setting' for the open half
     assert set(LEFT_OPEN) - partly_published <= named
     assert named <= {key for key, _ in leaves(v3_671b())}
+
+
+def test_every_test_and_file_that_the_page_on_numerics_names_exists():
+    text = (ROOT / "docs" / "numerics.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:tests|dsv3)/[^`]*)`", text)
+    assert len(named) > 20
+    for path in named:
+        file, _, name = path.partition("::")
+        assert (ROOT / file).exists(), path
+        assert not name or name in functions_of(ROOT / file), path
