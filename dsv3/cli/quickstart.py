@@ -148,8 +148,7 @@ def train(config: "PretrainConfig", *, folder: Path, progress: "Progress") -> st
     if result.interrupted:
         raise KeyboardInterrupt
     assert result.finished
-    held_out = f", {result.validation.bits_per_byte:.2f} bits per held-out byte" if result.validation else ""
-    return f"{result.step:,} steps, {result.tokens / 1e6:.1f}M tokens{held_out}"
+    return f"{result.step:,} steps, {result.tokens:,} tokens"
 
 
 def training_sampler(config: "PretrainConfig", *, folder: Path) -> "Callable[[Transformer, str], str]":
@@ -196,8 +195,8 @@ def score(config: "PretrainConfig", *, folder: Path, progress: "Progress") -> st
         progress=progress.count,
     )
     write_json(evaluation.as_dict(), path=folder / "evaluation.json")
-    numbers = [f"{score.name} {score.bits_per_byte:.2f}" for score in [evaluation.model, *evaluation.baselines]]
-    return f"bits per byte: {', '.join(numbers)}"
+    marks = [f"{score.name} {score.bits_per_byte:.2f}" for score in evaluation.baselines if score.name != "xz-alone"]
+    return f"{evaluation.model.bits_per_byte:.2f} bits per byte ({', '.join(marks)})"
 
 
 def draw_samples(config: "PretrainConfig", *, folder: Path, progress: "Progress") -> str:

@@ -4,6 +4,7 @@ What is done stands in `stages.json` of the run folder. After Ctrl-C, a kill or 
 with the first stage that is not done; that stage itself goes on from what it has left on disk.
 """
 
+import errno
 import fcntl
 import json
 import signal
@@ -18,7 +19,7 @@ from typing import Any
 
 from dsv3.cli.progress import Progress
 from dsv3.data.atomic import write_json
-from dsv3.errors import ConfigError
+from dsv3.errors import ConfigError, TrainingError
 
 RECORD = "stages.json"
 
@@ -80,11 +81,23 @@ def run_stages(
 
 
 def run_stage(stage: Stage, *, progress: Progress) -> dict[str, Any]:
-    """Run one stage and return what is recorded of it."""
+    """Run one stage and return what is recorded of it.
+
+    Raises:
+        TrainingError: the disk is full, or may not be written to; says that the command can be run again.
+    """
     started = time.monotonic()
     progress.start(stage.name)
     try:
         note = stage.run()
+    except OSError as error:
+        progress.stop(stage.name)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        raise TrainingError(
+            f"stage '{stage.name}' stopped: {error.strerror}{f' ({error.filename})' if error.filename else ''}. Make "
+            "room or make the folder writable, then run the same command again: it goes on with this stage"
+        ) from error
     except BaseException:
         progress.stop(stage.name)
         raise

@@ -163,14 +163,14 @@ def score_baselines(
     _tell(on_baseline, "xz")
     whole = b"".join(text.content.values())
     alone = xz_bits(whole)
-    scores.append(make_score("xz", title="xz, on this text alone", bits={}, text=text, total_bits=alone))
+    scores.append(make_score("xz-alone", title="xz, on this text alone", bits={}, text=text, total_bits=alone))
     if trained_on:
         table = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
         prefix = b"".join(table[token] for row in rows for token in row.tolist())[-MAX_XZ_PREFIX_BYTES:]
         after = xz_bits(whole, prefix=prefix)
         scores.append(
             make_score(
-                "xz-trained",
+                "xz",
                 title="xz, after the training text",
                 bits={},
                 text=text,

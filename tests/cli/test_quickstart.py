@@ -220,4 +220,4 @@ def test_evaluate_of_an_export_elsewhere_needs_text_and_has_xz_as_baseline(finis
     with pytest.raises(ConfigError, match="--data PATH"):
         evaluate(export)
     evaluate(export, data=[str(texts / "00.txt")], baselines=True, as_json=True)
-    assert [row["name"] for row in json.loads(capsys.readouterr().out)["baselines"]] == ["xz"]
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)["baselines"]] == ["xz-alone"]

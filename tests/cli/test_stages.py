@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -6,7 +7,7 @@ import pytest
 
 from dsv3.cli.progress import Progress, StageState
 from dsv3.cli.stages import Stage, run_stages
-from dsv3.errors import ConfigError
+from dsv3.errors import ConfigError, TrainingError
 
 
 class Course:
@@ -100,6 +101,14 @@ def test_settings_may_change_while_nothing_is_done_and_where_allowed(course):
     course.go(settings={"a": 2})
     course.go(settings={"a": 3}, may_change=lambda name, done: name == "a" and done == {"one", "two", "three"})
     assert json.loads((course.folder / "stages.json").read_text())["settings"] == {"a": 2}
+
+
+def test_a_full_disk_says_how_to_go_on(course):
+    course.fail["two"] = OSError(errno.ENOSPC, "No space left on device", "report.html")
+    with pytest.raises(TrainingError, match=r"'two' stopped: No space left on device \(report\.html\).*same command"):
+        course.go()
+    course.go()
+    assert course.ran == ["one", "two", "two", "three"]
 
 
 def test_sigterm_stops_like_ctrl_c_and_its_handler_is_put_back(course):
