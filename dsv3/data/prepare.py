@@ -81,6 +81,7 @@ def prepare_corpus(config: PretrainConfig, *, folder: Path, progress: ProgressCa
     if (folder / MARKER).is_file():
         corpus = load_prepared(folder)
         _check_same_settings(corpus, settings=settings)
+        shutil.rmtree(folder / WORK, ignore_errors=True)  # Left by a kill in the last moment.
         return corpus
     with _errors_of_the_disk(folder):
         _start_or_continue(folder, settings=settings)

@@ -110,9 +110,20 @@ class Shard:
         return len(self.offsets) - 1
 
     def document_name(self, document: int) -> str:
-        """Return the name of a document; reads the list of names up to it."""
-        with self.file.with_suffix(".names.jsonl").open(encoding="utf-8") as lines:
-            return json.loads(next(islice(lines, document, None)))
+        """Return the name of a document; reads the list of names up to it.
+
+        Raises:
+            DataError: the list is missing or damaged.
+        """
+        names = self.file.with_suffix(".names.jsonl")
+        try:
+            with names.open(encoding="utf-8") as lines:
+                return json.loads(next(islice(lines, document, None), ""))
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"cannot read the name of document {document} in {names} ({type(error).__name__}: {error}); "
+                "remove the corpus folder and prepare it again"
+            ) from error
 
 
 def shard_files(folder: Path) -> Iterator[Path]:

@@ -41,6 +41,32 @@ def test_names_come_back_with_their_line_breaks(tmp_path):
     assert [shard.document_name(number) for number in range(3)] == [f"document {number}\n#" for number in range(3)]
 
 
+def test_a_name_that_is_not_there_is_an_error(tmp_path):
+    [shard] = write(tmp_path, [[1], [2]])
+    with pytest.raises(DataError, match=r"name of document 2 in .*names\.jsonl"):
+        shard.document_name(2)
+    shard.file.with_suffix(".names.jsonl").unlink()
+    with pytest.raises(DataError, match="FileNotFoundError"):
+        shard.document_name(0)
+
+
+def test_writing_goes_on_after_whole_shards(tmp_path):
+    documents = [[number] * 60 for number in range(40)]
+    first = ShardWriter(tmp_path / "a", vocab_size=600, shard_tokens=500)
+    (tmp_path / "a").mkdir()
+    for document in documents[:21]:
+        first.add(document, name="")
+    second = ShardWriter(tmp_path / "a", vocab_size=600, shard_tokens=500)
+    assert second.num_documents == 18  # Two shards of nine; the three documents not yet flushed are gone.
+    for document in documents[second.num_documents :]:
+        second.add(document, name="")
+    second.flush()
+    (tmp_path / "b").mkdir()
+    expected = write(tmp_path / "b", documents, shard_tokens=500)
+    shards = [Shard(file, vocab_size=600) for file in shard_files(tmp_path / "a")]
+    assert [read(shard) for shard in shards] == [read(shard) for shard in expected]
+
+
 def test_shards_are_mapped_not_read(tmp_path):
     [shard] = write(tmp_path, [[1, 2, 3]])
     assert isinstance(shard.tokens, np.memmap)
