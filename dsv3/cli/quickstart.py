@@ -4,20 +4,18 @@ The stages stand in `quickstart_stages`, one after the other; a further one is a
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dsv3.errors import ConfigError
+from dsv3.cli.pretrain import greedy_sampler
+from dsv3.cli.run_settings import DataOption, MoreData, RunSettings, SetOption, run_settings
 
 if TYPE_CHECKING:
     from dsv3.cli.progress import Progress
     from dsv3.cli.stages import Stage
     from dsv3.config import PretrainConfig
-    from dsv3.model.transformer import Transformer
 
 RECIPE = "tiny"
 CLOSING_TOKENS = 120
@@ -32,20 +30,12 @@ def register(app: typer.Typer) -> None:
 
 
 def quickstart(
-    more_data: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
-    run: Annotated[Path, typer.Option(help="Folder for everything the run makes.")] = Path("runs/quickstart"),
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATH...",
-            help="Your own text instead of the built-in corpus: files or folders of .txt .md .py .jsonl .jsonl.gz "
-            ".parquet, or hf://NAME.",
-        ),
-    ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Change a setting, such as total_tokens=400000."),
-    ] = None,
+    more_data: MoreData = None,
+    run: Annotated[Path, typer.Option("--run", metavar="FOLDER", help="Folder for everything the run makes.")] = Path(
+        "runs/quickstart"
+    ),
+    data: DataOption = None,
+    assignments: SetOption = None,
 ) -> None:
     """Train a small DeepSeek-V3 from text in minutes, and report on it.
 
@@ -57,9 +47,8 @@ def quickstart(
     from dsv3.cli.progress import Progress, StageState, shown
     from dsv3.cli.stages import run_stages
 
-    if more_data and not data:
-        raise ConfigError(f"what is '{more_data[0]}'? Text to train on is given as --data {' '.join(more_data)}")
-    config = quickstart_config(data=[*(data or []), *(more_data or [])], assignments=assignments or [])
+    wanted = run_settings(RECIPE, more_data=more_data, run=run, data=data, config_file=None, assignments=assignments)
+    config = wanted.config
     progress = Progress(
         title=f"dsv3 quickstart: recipe {RECIPE}, in {run}", stages=[], total_tokens=config.total_tokens
     )
@@ -72,24 +61,6 @@ def quickstart(
         typer.echo("Stopped; nothing is lost. The same command goes on from here.", err=True)
         raise
     typer.echo(closing_words(run))
-
-
-def quickstart_config(*, data: list[str], assignments: list[str]) -> "PretrainConfig":
-    """Return the settings of the run: the recipe, the user's text, then each `--set`."""
-    from dsv3.config import SourceConfig
-    from dsv3.config.override import apply_overrides
-    from dsv3.recipes import by_name
-
-    config = by_name(RECIPE)
-    if data:
-        sources = tuple(SourceConfig(path=absolute(path)) for path in data)
-        config = replace(config, data=replace(config.data, sources=sources))
-    return apply_overrides(config, assignments=assignments)
-
-
-def absolute(path: str) -> str:
-    """Return a path that means the same from any folder; `hf://` and `builtin://` names stay as they are."""
-    return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
 def quickstart_stages(config: "PretrainConfig", *, folder: Path, progress: "Progress") -> list["Stage"]:
@@ -133,8 +104,10 @@ def quickstart_stages(config: "PretrainConfig", *, folder: Path, progress: "Prog
 def build_corpus(config: "PretrainConfig", *, folder: Path, progress: "Progress") -> str:
     """Prepare text and tokenizer."""
     from dsv3.data.prepare import prepare_corpus
+    from dsv3.train.run_folder import open_run_folder
 
-    corpus = prepare_corpus(config, folder=folder / "corpus", progress=progress.count)
+    with open_run_folder(folder, config=config):
+        corpus = prepare_corpus(config, folder=folder / "corpus", progress=progress.count)
     size = sum(source.bytes for source in corpus.sources) / 1e6
     tokens = sum(source.tokens for source in corpus.sources) / 1e6
     return f"{size:.1f} MB of text, {tokens:.1f}M tokens, vocabulary of {corpus.vocab_size:,}"
@@ -144,35 +117,12 @@ def train(config: "PretrainConfig", *, folder: Path, progress: "Progress") -> st
     """Pre-train, from the newest snapshot if there is one."""
     from dsv3.train.loop import pretrain
 
-    result = pretrain(config, folder=folder, on_event=progress.train, sampler=training_sampler(config, folder=folder))
+    sampler = greedy_sampler(RunSettings(config=config, folder=folder))
+    result = pretrain(config, folder=folder, on_event=progress.train, sampler=sampler)
     if result.interrupted:
         raise KeyboardInterrupt
     assert result.finished
     return f"{result.step:,} steps, {result.tokens:,} tokens"
-
-
-def training_sampler(config: "PretrainConfig", *, folder: Path) -> "Callable[[Transformer, str], str]":
-    """Return what continues the prompts at each validation: greedily, so that steps can be compared."""
-    from functools import cache
-
-    from dsv3.data.tokenizer import Tokenizer
-    from dsv3.infer.loaded import LoadedModel
-
-    @cache
-    def tokenizer() -> Tokenizer:
-        return Tokenizer.from_file(folder / "corpus" / "tokenizer")
-
-    def sample(model: "Transformer", prompt: str) -> str:
-        loaded = LoadedModel(
-            model,
-            tokenizer=tokenizer(),
-            source=str(folder),
-            is_base=True,
-            trained_length=config.batch.sequence_length,
-        )
-        return loaded.generate(prompt, max_tokens=config.evaluation.sample_tokens, temperature=0.0)
-
-    return sample
 
 
 def score(config: "PretrainConfig", *, folder: Path, progress: "Progress") -> str:

@@ -2,14 +2,13 @@ import json
 import os
 import random
 import signal
-from pathlib import Path
 
 import pytest
 
 from dsv3.cli import quickstart as quickstart_file
 from dsv3.cli.evaluate import evaluate
 from dsv3.cli.progress import Progress
-from dsv3.cli.quickstart import quickstart, quickstart_config
+from dsv3.cli.quickstart import quickstart
 from dsv3.config.files import read_config
 from dsv3.data.prepared import load_prepared
 from dsv3.errors import ConfigError
@@ -180,21 +179,9 @@ def test_a_quickstart_that_fails_in_its_evaluation_goes_on_with_it(texts, tmp_pa
     assert "[pretrain] was done before" in capsys.readouterr().out
 
 
-def test_several_paths_after_one_data_option_are_all_taken(texts):
-    assert [
-        source.path for source in quickstart_config(data=[str(texts), "hf://a/b"], assignments=[]).data.sources
-    ] == [
-        str(texts),
-        "hf://a/b",
-    ]
-    with pytest.raises(ConfigError, match="is given as --data stray"):
+def test_text_that_is_given_without_data_is_refused():
+    with pytest.raises(ConfigError, match="--data PATH"):
         quickstart(more_data=["stray"])
-
-
-def test_relative_paths_mean_the_same_from_another_folder(texts, monkeypatch):
-    monkeypatch.chdir(texts)
-    (source,) = quickstart_config(data=["00.txt"], assignments=[]).data.sources
-    assert Path(source.path) == texts / "00.txt"
 
 
 def test_evaluate_prints_the_model_among_its_baselines(finished, capsys):
