@@ -37,6 +37,28 @@ def test_the_main_loss_is_the_mean_over_all_next_tokens(shrunk, make_state, watc
     assert seen.metrics.loss == pytest.approx(expected, rel=1e-6)
 
 
+def test_places_without_a_target_count_neither_above_nor_below_the_line(
+    shrunk, make_state, watched_step, micro_batches
+):
+    """Catches: a mean of the means of micro-batches, or a T that counts padding: here the last row ends early."""
+    state = make_state(shrunk)
+    head = array(state.model.lm_head.weight).copy()
+    batches = micro_batches(num_rows=6, at_a_time=4)
+    batches[1] = replace(batches[1], targets=batches[1].targets.clone())
+    batches[1].targets[-5:] = -100
+    seen = watched_step(state, batches=batches)
+    main = [
+        (output.hidden[batch.targets >= 0], batch.targets[batch.targets >= 0])
+        for output, batch in zip(seen.outputs, batches, strict=True)
+    ]
+    assert sum(len(targets) for _, targets in main) == 67
+    assert seen.metrics.loss == pytest.approx(summed_nll(main, head) / 67, rel=1e-6)
+    ahead = [(o.mtp[0].hidden[o.mtp[0].batch.targets >= 0], o.mtp[0].batch.targets) for o in seen.outputs]
+    ahead = [(hidden, targets[targets >= 0]) for hidden, targets in ahead]
+    assert sum(len(targets) for _, targets in ahead) == 61
+    assert seen.metrics.mtp_loss[0] == pytest.approx(summed_nll(ahead, head) / 67, rel=1e-6)
+
+
 def test_eq_24_the_mtp_loss_is_a_sum_over_t_minus_k_terms_divided_by_t(shrunk, make_state, watched_step, micro_batches):
     """Catches: Megatron-LM, which divided it by another size (#1532, #3959); a mean over the T - k terms there are."""
     config = replace(shrunk, model=replace(shrunk.model, num_nextn_predict_layers=2))

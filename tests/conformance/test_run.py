@@ -27,7 +27,7 @@ def config(shrunk, tmp_path_factory):
         total_tokens=TOTAL,
         model=replace(shrunk.model, vocab_size=300),
         data=replace(shrunk.data, sources=(SourceConfig(path=str(text)),)),
-        batch=replace(shrunk.batch, ramp_tokens=RAMP, micro_batch_sequences=8),
+        batch=replace(shrunk.batch, ramp_tokens=RAMP, micro_batch_sequences=16),
         mtp=replace(shrunk.mtp, switch_tokens=SWITCH),
         balance=replace(shrunk.balance, bias_freeze_tokens=FREEZE),
         optim=replace(
