@@ -89,7 +89,11 @@ def bits_per_byte_picture(record: RunRecord) -> Picture | None:
         look_for=(
             "The curve should cross the dashed lines one after another and still be falling gently at the end. "
             "Lower is better; one bit per byte is the size of the text compressed eight times. "
-            + ("An average of the weights is usually smoother and a little lower. " if has_values(average) else "")
+            + (
+                "An average of the weights lags behind at first and should end a little lower. "
+                if has_values(average)
+                else ""
+            )
             + "A curve that turns upwards means the model is memorising its training text."
         ),
         chart=line_chart(lines, name="bpb", y_label="bits per byte", levels=levels, y_limits=(bottom, top)),
@@ -158,12 +162,20 @@ def mtp_picture(record: RunRecord) -> Picture | None:
     lines = [Line(x=x, y=smooth(main), label="next token")]
     for k in range(depth):
         y = [values[k] if k < len(values) else math.nan for values in losses]
-        lines.append(Line(x=x, y=smooth(y), label=f"{k + 2} tokens ahead", colour=f"series-{(k + 1) % NUM_COLOURS}"))
+        lines.append(
+            Line(
+                x=x,
+                y=smooth(y),
+                label="MTP module" if depth == 1 else f"MTP module {k + 1}",
+                colour=f"series-{(k + 1) % NUM_COLOURS}",
+            )
+        )
     return Picture(
         title="Multi-token prediction",
         look_for=(
-            "The module that looks one token further has the harder task, so its line runs above the other and falls "
-            "with it. The gap is what decoding with its guesses will have to live with."
+            "A module predicts a token one further on than the main model does at the same place, from the main "
+            "model's state there and the token in between. Its line should fall with the other and end near it, as a "
+            "rule a little above: the nearer, the more of its guesses will be accepted when it drafts for decoding."
         ),
         chart=line_chart(
             lines,

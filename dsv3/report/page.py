@@ -185,7 +185,9 @@ def tiles(record: RunRecord) -> list[Tile]:
             shown.append(Tile(what="Training time", value=f"{minutes / 60:.1f}", unit="hours", more=more))
     bits = held_out_bits(record)
     if math.isfinite(bits):
-        marks = ", ".join(f"{row.get('name', '?')} {number(row['bits_per_byte']):.2f}" for row in record.baselines)
+        marks = ", ".join(
+            f"{row.get('name', '?')} {number(row['bits_per_byte']):.2f}" for row in record.trained_baselines
+        )
         shown.append(Tile(what="Held-out text", value=f"{bits:.2f}", unit="bits/byte", more=marks))
     violation = next(
         (values for entry in reversed(record.validations) if (values := numbers(entry.get("max_violation")))), []
@@ -224,7 +226,9 @@ def comparison(record: RunRecord) -> dict[str, Any] | None:
     rows.sort(key=lambda row: -number(row["bits_per_byte"]))
     highest = max(number(row["bits_per_byte"]) for row in rows)
     by_source = {str(name) for row in rows if isinstance(row.get("by_source"), dict) for name in row["by_source"]}
-    names = sorted(by_source) if len(by_source) > 1 else []
+    order = [source.name for source in record.corpus.sources] if record.corpus else []
+    known = [name for name in order if name in by_source]
+    names = [*known, *sorted(by_source - set(known))] if len(by_source) > 1 else []
     cells = {
         name: [
             number(row["by_source"].get(name)) if isinstance(row.get("by_source"), dict) else math.nan for row in rows
@@ -243,6 +247,7 @@ def comparison(record: RunRecord) -> dict[str, Any] | None:
             {
                 "title": str(row.get("title", "?")),
                 "is_ours": bool(row.get("is_ours")),
+                "has_sources": any(math.isfinite(values[place]) for values in cells.values()),
                 "value": f"{number(row['bits_per_byte']):.3f}",
                 "share": 82 * number(row["bits_per_byte"]) / highest,
                 "cells": [

@@ -65,6 +65,11 @@ class RunRecord:
         rows = rows if isinstance(rows, list) else []
         return [row for row in rows if isinstance(row, dict) and math.isfinite(number(row.get("bits_per_byte")))]
 
+    @property
+    def trained_baselines(self) -> list[Entry]:
+        """Those that have read what the model has read: xz on the held-out text alone is none of them."""
+        return [row for row in self.baselines if row.get("training_tokens")]
+
 
 def read_run(folder: Path) -> RunRecord:
     """Read a run folder; whatever is missing or cut off is told in `notes`, and nothing is raised for it."""
