@@ -262,9 +262,10 @@ def _readable_errors(folder: Path) -> Iterator[None]:
             "with a lower optim.learning_rate.peak"
         ) from error
     except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
         raise TrainingError(
-            f"cannot write to the run folder {folder}: {error.strerror or error}; the snapshots that were complete are "
-            "untouched. Make room or make it writable, then run the same command again"
+            f"the run in {folder} was stopped by its file system: {error.strerror or error}{where}; the snapshots that "
+            "were complete are untouched. Make room or make the folder writable, then run the same command again"
         ) from error
 
 

@@ -7,16 +7,14 @@ stands there twice.
 import json
 import math
 import os
-import warnings
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsv3.data.atomic import whole_file
 from dsv3.train.step import StepMetrics
+from dsv3.train.tensorboard import Board
 from dsv3.train.validation import ValidationResult
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 LOAD_EVERY_STEPS = 10
 """Steps between two records of the load of every expert."""
@@ -30,8 +28,12 @@ class MetricsLog:
         self._files = [folder / "metrics.jsonl", folder / "samples.jsonl"]
         for file in self._files:
             forget_after(file, step=resumed_step)
-        self._metrics, self._samples = (file.open("a", encoding="utf-8") for file in self._files)
-        self._board = _open_board(folder / "tensorboard", resumed_step=resumed_step)
+        with ExitStack() as opened:
+            self._metrics, self._samples = (
+                opened.enter_context(file.open("a", encoding="utf-8")) for file in self._files
+            )
+            self._board = opened.enter_context(closing(Board(folder / "tensorboard", resumed_step=resumed_step)))
+            self._opened = opened.pop_all()
         if resumed_step:
             self._write({"kind": "resume", "step": resumed_step})
 
@@ -83,37 +85,33 @@ class MetricsLog:
         record = {"kind": "sample", "step": step, "prompt": prompt, "text": text}
         self._write(record)
         print(json.dumps(record, ensure_ascii=False), file=self._samples, flush=True)
-        self._board.add_text(f"sample/{prompt.strip()}", text, global_step=step)
+        self._board.add_text(f"sample/{prompt.strip()}", text, step=step)
         return record
 
     def force_to_disk(self) -> None:
         """Wait until all lines are on the disk: done before a snapshot, which promises that they are there."""
-        self._board.flush()
+        self._board.force_to_disk()
         for file in (self._metrics, self._samples):
             file.flush()
             os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Close the files."""
-        for file in (self._metrics, self._samples):
-            file.close()
-        self._board.close()
+        """Close the files: all of them, even if a full disk lets one of them fail."""
+        self._opened.close()
 
     def _write(self, record: dict[str, Any]) -> None:
         print(json.dumps(record, ensure_ascii=False, allow_nan=False), file=self._metrics, flush=True)
 
     def _draw(self, group: str, record: dict[str, Any], *, step: int) -> None:
+        values: dict[str, float] = {}
         for name, value in record.items():
-            if name in ("kind", "step") or value is None:
-                continue
             if isinstance(value, dict):
-                values = {f"{name}/{key}": part for key, part in value.items()}
+                values |= {f"{group}/{name}/{key}": part for key, part in value.items()}
             elif isinstance(value, list):
-                values = {f"{name}/{index}": part for index, part in enumerate(value)}
-            else:
-                values = {name: value}
-            for tag, scalar in values.items():
-                self._board.add_scalar(f"{group}/{tag}", scalar, global_step=step)
+                values |= {f"{group}/{name}/{index}": part for index, part in enumerate(value)}
+            elif value is not None and name not in ("kind", "step"):
+                values[f"{group}/{name}"] = value
+        self._board.add_scalars({tag: float(value) for tag, value in values.items()}, step=step)
 
 
 def forget_after(file: Path, *, step: int) -> None:
@@ -133,12 +131,3 @@ def _step_of(line: bytes) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-def _open_board(folder: Path, *, resumed_step: int) -> "SummaryWriter":
-    # Imported here: it takes a second, and brings warnings of its own that no reader of ours can act on.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(folder), purge_step=resumed_step + 1 if resumed_step else None)

@@ -1,13 +1,14 @@
 """The folder of a run: one writer at a time, and one set of settings from its first snapshot on."""
 
 import fcntl
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dsv3.config import PretrainConfig
-from dsv3.config.files import leaves, read_config, write_config
+from dsv3.config.files import leaves, read_config, to_dict, write_config
 from dsv3.errors import ConfigError, TrainingError
 from dsv3.runtime.log import get_logger
 
@@ -49,7 +50,9 @@ def _settle_config(folder: Path, *, config: PretrainConfig) -> None:
         changed = _differences(read_config(path), config)
         binding = [name for name in changed if name not in FREE_TO_CHANGE and not name.startswith(FREE_GROUPS)]
         if binding and _has_snapshots(folder):
-            listed = "; ".join(f"{name} was {changed[name][0]!r} and is now {changed[name][1]!r}" for name in binding)
+            listed = "; ".join(
+                f"{name} was {_shown(changed[name][0])} and is now {_shown(changed[name][1])}" for name in binding
+            )
             raise ConfigError(
                 f"the run in {folder} was started with other settings: {listed}. Put them back to go on with it, or "
                 "start another run with --run FOLDER"
@@ -57,7 +60,7 @@ def _settle_config(folder: Path, *, config: PretrainConfig) -> None:
         if not changed:
             return
         for name, (old, new) in changed.items():
-            get_logger(__name__).info("%s: %r instead of %r from here on", name, new, old)
+            get_logger(__name__).info("%s is %s from here on, instead of %s", name, _shown(new), _shown(old))
     write_config(config, path=path)
 
 
@@ -66,6 +69,11 @@ def _differences(old: PretrainConfig, new: PretrainConfig) -> dict[str, tuple[An
     before, after = dict(leaves(old)), dict(leaves(new))
     names = [*before, *(name for name in after if name not in before)]
     return {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
+
+
+def _shown(value: Any) -> str:
+    """Write a value as config.json has it."""
+    return json.dumps(value, default=to_dict)
 
 
 def _has_snapshots(folder: Path) -> bool:

@@ -140,3 +140,5 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path):
     )
     assert [event.step for event in board.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
     assert board.Scalars("train/loss")[0].value == 3.5
+    [sample] = board.Tensors("sample/Once")[-1:]
+    assert sample.tensor_proto.string_val[0].decode() == " upon\na time ✓"

@@ -31,7 +31,7 @@ def test_changed_settings_are_refused_by_name_with_both_values(tmp_path: Path):
     message = str(refused.value)
     assert "total_tokens was 14800000000000 and is now 5" in message
     assert "model.rms_norm_eps was 1e-06 and is now 1e-05" in message
-    assert "model.rope_scaling.factor was None and is now 40.0" in message
+    assert "model.rope_scaling.factor was null and is now 40.0" in message
     assert "--run" in message
     assert read_config(tmp_path / "config.json") == config
 
