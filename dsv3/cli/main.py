@@ -1,11 +1,11 @@
 """`dsv3`: the entry point, its verbs, and how errors reach the person at the keyboard."""
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Annotated
 
 import typer
@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     An error of the user's is one line on the error stream. A traceback means a bug of ours, or `--traceback`.
     """
+    # Read when torch loads OpenMP. Its threads otherwise spin for milliseconds while they wait, which on a busy machine
+    # made generation ten times slower; so short a wait costs an idle machine nothing (docs/log.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     options = Options()
     sys.exit(_run(build_app(options), options=options, arguments=arguments))
 
@@ -68,8 +71,7 @@ def build_app(options: Options) -> typer.Typer:
         show_log(level=logging.WARNING if quiet else logging.INFO)
 
     for verb in VERBS:
-        if find_spec(f"dsv3.cli.{verb}") is not None:
-            import_module(f"dsv3.cli.{verb}").register(app)
+        import_module(f"dsv3.cli.{verb}").register(app)
     return app
 
 
