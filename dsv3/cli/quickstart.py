@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from dsv3.cli.progress import Progress
     from dsv3.cli.stages import Stage
     from dsv3.config import PretrainConfig
+    from dsv3.data.prepared import PreparedCorpus
 
 RECIPE = "tiny"
 CLOSING_TOKENS = 120
 CLOSING_TEMPERATURE = 0.8
-CLOSING_PROMPTS = ("In the beginning ", "def ")
+CLOSING_PROMPTS = ("In the beginning", "def")
 """Continued at the end of a run whose settings name no prompts."""
 
 
@@ -110,7 +111,16 @@ def build_corpus(config: "PretrainConfig", *, folder: Path, progress: "Progress"
         corpus = prepare_corpus(config, folder=folder / "corpus", progress=progress.count)
     size = sum(source.bytes for source in corpus.sources) / 1e6
     tokens = sum(source.tokens for source in corpus.sources) / 1e6
-    return f"{size:.1f} MB of text, {tokens:.1f}M tokens, vocabulary of {corpus.vocab_size:,}"
+    return f"{size:.1f} MB of text, {tokens:.1f}M tokens, vocabulary of {corpus.vocab_size:,}{left_out(corpus)}"
+
+
+def left_out(corpus: "PreparedCorpus") -> str:
+    """Return what is not in the corpus and why, in a few words; the report lists it with names."""
+    remarks = [remark for source in corpus.sources for remark in source.skipped]
+    words = [f"{sum(remark.count for remark in remarks):,} left out ({', '.join(r.reason for r in remarks)})"]
+    words = words if remarks else []
+    words += [f"no {absent.name} ({absent.reason})" for absent in corpus.absent]
+    return "".join(f"; {word}" for word in words)
 
 
 def train(config: "PretrainConfig", *, folder: Path, progress: "Progress") -> str:

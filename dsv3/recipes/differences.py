@@ -155,8 +155,10 @@ REASONS: dict[str, dict[str, str]] = {
         "model.num_experts_per_tok": _FEWER_EXPERTS,
         "model.n_group": _FEWER_EXPERTS,
         "model.topk_group": _FEWER_EXPERTS,
-        "optim.ema_decay": "hundreds of steps, not hundreds of thousands: the average must forget sooner (unpublished)",
-        "balance.bias_update_speed": "hundreds of steps, not hundreds of thousands: the bias must get there sooner",
+        "model.initializer_range": "0.006 times the root of 7168 / 128, the ratio of widths; 0.006 learns slowly here",
+        "data.held_out_rate": "a small corpus: twice the share, so that every source has something to score",
+        "optim.ema_decay": "thousands of steps, not hundreds of thousands: the average must forget sooner",
+        "balance.bias_update_speed": "thousands of steps, not hundreds of thousands: the bias must get there sooner",
     },
     "v3_16b": _V2_MODEL
     | {

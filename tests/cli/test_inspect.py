@@ -64,7 +64,7 @@ def test_a_set_is_obeyed(capsys):
 
 def test_the_context_is_obeyed_or_refused(capsys):
     found = findings("tiny", "--context", "100", capsys=capsys)
-    assert found["cache"]["bytes_of_context"] == 100 * 4 * (64 + 16) * 2
+    assert found["cache"]["bytes_of_context"] == 100 * 3 * (32 + 16) * 2
     with pytest.raises(ConfigError, match=r"a context of 4097 was asked for, but model.max_position_embeddings = 4096"):
         examine(find_subject("tiny", assignments=[]), context=4097)
 

@@ -62,7 +62,7 @@ def test_a_setting_that_a_user_changed_has_no_reason(assignment):
 
 def test_the_reason_of_a_recipe_is_not_lent_to_another_value():
     config = apply_overrides(recipes.tiny(), assignments=["model.hidden_size=512"])
-    assert by_key(config)["model.hidden_size"].reason == f"{NO_REASON}; recipe 'tiny' has 256"
+    assert by_key(config)["model.hidden_size"].reason == f"{NO_REASON}; recipe 'tiny' has 128"
 
 
 def test_a_schedule_scaled_with_the_run_is_recognised_whoever_scaled_it():
