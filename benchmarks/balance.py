@@ -1,7 +1,8 @@
 """Claim: balancing by bias keeps experts more evenly loaded than no balancing, in the same run length (report 2.1.2).
 
-Recipe `tiny` is trained once for each method on the same rows from the same weights. MaxVio is the mean over MoE layers
-and over the last fifth of the steps; the loss is the mean over the same steps. The report's other methods are shown too.
+Recipe `tiny` is trained once for each method on the same rows from the same weights. MaxVio is the mean over MoE
+layers and over the last fifth of the steps; the loss is the mean over the same steps. The report's other methods are
+shown too.
 """
 
 import json

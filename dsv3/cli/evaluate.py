@@ -57,12 +57,12 @@ def evaluate(
         raise ConfigError(f"what is '{more_data[0]}'? Text to score is given as --data {' '.join(more_data)}")
 
     from dsv3.config.files import read_config
-    from dsv3.data.atomic import write_json
     from dsv3.data.prepared import load_prepared
     from dsv3.evals.evaluation import evaluate as score_all
     from dsv3.evals.evaluation import held_out_text, tokens_read, training_rows
     from dsv3.infer.loaded import load
     from dsv3.infer.model_folder import find_model
+    from dsv3.runtime.atomic import write_json
     from dsv3.runtime.device import set_threads
 
     run = find_model(model).run

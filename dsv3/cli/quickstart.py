@@ -137,10 +137,10 @@ def train(config: "PretrainConfig", *, folder: Path, progress: "Progress") -> st
 
 def score(config: "PretrainConfig", *, folder: Path, progress: "Progress") -> str:
     """Score the model and its baselines on the held-out text, and write evaluation.json."""
-    from dsv3.data.atomic import write_json
     from dsv3.data.prepare import load_prepared
     from dsv3.evals.evaluation import evaluate, held_out_text, tokens_read, training_rows
     from dsv3.infer.loaded import load
+    from dsv3.runtime.atomic import write_json
     from dsv3.runtime.device import set_threads
 
     set_threads(config.runtime.threads)
@@ -161,9 +161,9 @@ def score(config: "PretrainConfig", *, folder: Path, progress: "Progress") -> st
 
 def draw_samples(config: "PretrainConfig", *, folder: Path, progress: "Progress") -> str:
     """Let the finished model continue the prompts at a temperature, and add the texts to samples.jsonl."""
-    from dsv3.data.atomic import whole_file
     from dsv3.evals.evaluation import last_step
     from dsv3.infer.loaded import load
+    from dsv3.runtime.atomic import whole_file
 
     loaded = load(folder, dtype=config.runtime.dtype, device=config.runtime.device)
     prompts = config.evaluation.sample_prompts or CLOSING_PROMPTS

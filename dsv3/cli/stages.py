@@ -5,7 +5,6 @@ with the first stage that is not done; that stage itself goes on from what it ha
 """
 
 import errno
-import fcntl
 import json
 import signal
 import threading
@@ -18,8 +17,9 @@ from types import FrameType
 from typing import Any
 
 from dsv3.cli.progress import Progress
-from dsv3.data.atomic import write_json
 from dsv3.errors import ConfigError, TrainingError
+from dsv3.runtime.atomic import write_json
+from dsv3.runtime.hold import hold_folder
 
 RECORD = "stages.json"
 
@@ -63,7 +63,7 @@ def run_stages(
     Raises:
         ConfigError: the folder was begun with other settings, cannot be written to, or is in use by another process.
     """
-    with hold_folder(folder), interrupt_on_sigterm():
+    with hold_folder(folder, lock=".stages.lock", doing="at work"), interrupt_on_sigterm():
         record = read_record(folder / RECORD)
         check_settings(record, settings=settings, may_change=may_change, folder=folder)
         record.settings = settings
@@ -142,27 +142,6 @@ def read_record(path: Path) -> StageRecord:
 def write_record(record: StageRecord, *, path: Path) -> None:
     """Write what is done, whole or not at all."""
     write_json({"settings": record.settings, "done": record.done}, path=path)
-
-
-@contextmanager
-def hold_folder(folder: Path) -> Iterator[None]:
-    """Make the folder and hold it against a second command of this kind."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".stages.lock").open("a")
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write to the run folder {folder}: {error.strerror}; choose another with --run FOLDER, or make "
-            "this one writable"
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                f"another process is at work in {folder}; wait for it, stop it, or choose another folder with --run"
-            ) from error
-        yield
 
 
 @contextmanager

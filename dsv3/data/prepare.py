@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from dsv3.config import PretrainConfig, SourceConfig
-from dsv3.data.atomic import write_json
 from dsv3.data.corpus import named_sources
 from dsv3.data.document import Document
 from dsv3.data.encoder import DocumentEncoder
@@ -39,6 +38,7 @@ from dsv3.data.sources import AbsentSourceError
 from dsv3.data.spool import Spool, spool_source, spooled_source, training_documents
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import ConfigError, DataError, TokenizerError
+from dsv3.runtime.atomic import write_json
 
 __all__ = ["PreparedCorpus", "PreparedSource", "ProgressCallback", "load_prepared", "prepare_corpus"]
 

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv3.data.atomic import write_json
 from dsv3.data.document import Remark
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import DataError
+from dsv3.runtime.atomic import write_json
 
 MARKER = "corpus.json"
 HELD_OUT = "held_out.jsonl"

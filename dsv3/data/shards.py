@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Int, Shaped
 from numpy import ndarray
 
-from dsv3.data.atomic import whole_file
 from dsv3.errors import DataError
+from dsv3.runtime.atomic import whole_file
 
 
 def token_dtype(vocab_size: int) -> str:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dsv3.config import PretrainConfig, SourceConfig
-from dsv3.data.atomic import whole_file, write_json
 from dsv3.data.chance import falls_below, hash_text
 from dsv3.data.corpus import read_documents
 from dsv3.data.document import Document, ReadingLog, Remark
 from dsv3.data.hub import HUB
 from dsv3.errors import DataError
+from dsv3.runtime.atomic import whole_file, write_json
 
 STREAM_BYTES_PER_TOKEN = 6
 """A stream is read up to this many bytes for each token the run trains on: more than any tokenizer puts in a token,

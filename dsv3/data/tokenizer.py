@@ -9,7 +9,6 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
-from dsv3.data.atomic import whole_file, write_json
 from dsv3.data.special_tokens import (
     ASSISTANT,
     BOS,
@@ -26,6 +25,7 @@ from dsv3.data.special_tokens import (
 )
 from dsv3.data.stream_decoder import StreamDecoder
 from dsv3.errors import TokenizerError
+from dsv3.runtime.atomic import whole_file, write_json
 
 # The published rules, applied in this order; each cuts what the one before left uncut.
 SPLIT_RULES = (

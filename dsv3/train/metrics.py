@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from dsv3.data.atomic import whole_file
+from dsv3.runtime.atomic import whole_file
 from dsv3.train.step import StepMetrics
 from dsv3.train.tensorboard import Board
 from dsv3.train.validation import ValidationResult

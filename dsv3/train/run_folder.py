@@ -1,6 +1,5 @@
 """The folder of a run: one writer at a time, and one set of settings from its first snapshot on."""
 
-import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +8,8 @@ from typing import Any
 
 from dsv3.config import PretrainConfig
 from dsv3.config.files import leaves, read_config, to_dict, write_config
-from dsv3.errors import ConfigError, TrainingError
+from dsv3.errors import ConfigError
+from dsv3.runtime.hold import hold_folder
 from dsv3.runtime.log import get_logger
 
 FREE_TO_CHANGE = ("recipe", "runtime.threads", "batch.micro_batch_sequences")
@@ -25,21 +25,7 @@ def open_run_folder(folder: Path, *, config: PretrainConfig) -> Iterator[None]:
         TrainingError: the folder cannot be written, or another process is training in it.
         ConfigError: a run is there already, with settings that lead elsewhere; names them all.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a")
-    except OSError as error:
-        raise TrainingError(
-            f"cannot write to the run folder {folder}: {error.strerror}; choose another with --run FOLDER, or make "
-            "this one writable"
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise TrainingError(
-                f"another process is training in {folder}; wait for it, stop it, or choose another folder with --run"
-            ) from error
+    with hold_folder(folder, lock=".lock", doing="training"):
         _settle_config(folder, config=config)
         yield
 

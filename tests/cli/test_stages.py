@@ -122,13 +122,13 @@ def test_sigterm_stops_like_ctrl_c_and_its_handler_is_put_back(course):
 def test_two_commands_in_one_folder_are_refused(course):
     inner = Course(course.folder)
     course.work = lambda name: inner.go
-    with pytest.raises(ConfigError, match="another process is at work"):
+    with pytest.raises(TrainingError, match="another process is at work"):
         course.go()
 
 
 def test_a_folder_that_cannot_be_made_is_refused_with_a_way_out(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"cannot write to the run folder .*file.*--run FOLDER"):
+    with pytest.raises(TrainingError, match=r"cannot write to the run folder .*file.*--run FOLDER"):
         Course(tmp_path / "file" / "run").go()
 
 

@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import pytest
 
 from dsv3.config import ModelConfig, SourceConfig
-from dsv3.data import atomic, sources
+from dsv3.data import sources
 from dsv3.data.loader import RowLoader
 from dsv3.data.prepare import load_prepared, prepare_corpus
 from dsv3.data.shards import Shard, shard_files
 from dsv3.data.sources import AbsentSourceError
 from dsv3.errors import ConfigError, DataError, TokenizerError
+from dsv3.runtime import atomic
 
 
 def source(path, **settings):
