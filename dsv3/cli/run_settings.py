@@ -11,6 +11,7 @@ from dsv3.config import PretrainConfig, SourceConfig
 from dsv3.config.files import read_config
 from dsv3.config.override import apply_overrides
 from dsv3.errors import ConfigError
+from dsv3.runtime.log import get_logger
 
 RecipeArgument = Annotated[
     str | None,
@@ -83,7 +84,20 @@ def run_settings(
         sources = tuple(SourceConfig(path=_absolute(path)) for path in [*data, *words])
         base = replace(base, data=replace(base.data, sources=sources))
     config = apply_overrides(base, assignments=assignments or [])
+    _mention_cut_schedule(config)
     return RunSettings(config=config, folder=run or Path("runs") / (config.recipe or "run"))
+
+
+def _mention_cut_schedule(config: PretrainConfig) -> None:
+    """Warn of a run that ends before its learning rate has come down: a shorter total_tokens moves nothing else."""
+    end = config.optim.learning_rate.cosine_until_tokens
+    if config.total_tokens < end:
+        get_logger(__name__).warning(
+            "total_tokens = %s ends the run before the learning rate has come down "
+            "(optim.learning_rate.cosine_until_tokens = %s); the schedules are not scaled with it",
+            f"{config.total_tokens:,}",
+            f"{end:,}",
+        )
 
 
 def _absolute(path: str) -> str:
