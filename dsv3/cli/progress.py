@@ -18,6 +18,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from dsv3.runtime.log import log_through
 from dsv3.train.event import TrainEvent
 
 SPARK_HEIGHTS = "▁▂▃▄▅▆▇█"
@@ -178,7 +179,8 @@ def shown(progress: Progress, *, console: Console) -> Iterator[None]:
         PlainView(progress, write=lambda text: print(text, file=console.file, flush=True))
         yield
         return
-    with Live(get_renderable=lambda: picture(progress), console=console, refresh_per_second=REFRESHES_PER_SECOND):
+    live = Live(get_renderable=lambda: picture(progress), console=console, refresh_per_second=REFRESHES_PER_SECOND)
+    with log_through(console), live:
         yield
 
 

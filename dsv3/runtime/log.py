@@ -1,7 +1,13 @@
 """What the program says while it works: standard logging under the name `dsv3`, silent until a program turns it on."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 ROOT = "dsv3"
 
@@ -28,3 +34,19 @@ def show_log(*, level: int = logging.INFO) -> None:
         handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False, show_time=False)
         logger.addHandler(handler)
         logger.propagate = False
+
+
+@contextmanager
+def log_through(console: "Console") -> Iterator[None]:
+    """Print the log by way of `console` while the block runs: above its live picture instead of through it."""
+    from rich.logging import RichHandler
+
+    handlers = [handler for handler in get_logger(ROOT).handlers if isinstance(handler, RichHandler)]
+    before = [handler.console for handler in handlers]
+    for handler in handlers:
+        handler.console = console
+    try:
+        yield
+    finally:
+        for handler, its_own in zip(handlers, before, strict=True):
+            handler.console = its_own

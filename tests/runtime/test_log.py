@@ -1,6 +1,9 @@
 import logging
+from io import StringIO
 
-from dsv3.runtime.log import get_logger, say_once, show_log
+from rich.console import Console
+
+from dsv3.runtime.log import get_logger, log_through, say_once, show_log
 
 
 def test_every_logger_lies_under_the_package():
@@ -30,3 +33,18 @@ def test_showing_the_log_twice_prints_each_line_once_and_on_the_error_stream(cap
     captured = capfd.readouterr()
     assert captured.err.split() == ["once"]
     assert captured.out == ""
+
+
+def test_the_log_goes_through_the_console_of_a_live_picture_while_that_is_shown(capfd):
+    logger = logging.getLogger("dsv3")
+    before = (logger.level, list(logger.handlers), logger.propagate)
+    picture = StringIO()
+    try:
+        show_log(level=logging.WARNING)
+        with log_through(Console(file=picture)):
+            get_logger("dsv3.test").warning("within")
+        get_logger("dsv3.test").warning("afterwards")
+    finally:
+        logger.level, logger.handlers, logger.propagate = before
+    assert picture.getvalue().split() == ["within"]
+    assert capfd.readouterr().err.split() == ["afterwards"]
