@@ -174,8 +174,8 @@ def mtp_picture(record: RunRecord) -> Picture | None:
         title="Multi-token prediction",
         look_for=(
             "A module predicts a token one further on than the main model does at the same place, from the main "
-            "model's state there and the token in between. Its line should fall with the other and end near it, as a "
-            "rule a little above: the nearer, the more of its guesses will be accepted when it drafts for decoding."
+            "model's state there and the token in between. Its line should fall with the other and end near it: a deep "
+            "model's a little above, a shallow one's even below, since the module is a layer more and misses nothing."
         ),
         chart=line_chart(
             lines,
