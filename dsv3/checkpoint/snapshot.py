@@ -11,7 +11,6 @@ import errno
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from dsv3.config import SnapshotConfig
 from dsv3.errors import SnapshotError
+from dsv3.runtime.atomic import force_to_disk
 
 FORMAT = 1
 NAME = re.compile(r"step-(\d{6,})")
@@ -165,7 +165,7 @@ def _write_files(partial: Path, *, tensors: Mapping[str, Mapping[str, Tensor]], 
     files = {name: {"bytes": (partial / name).stat().st_size, "sha256": _digest(partial / name)} for name in names}
     _write_text(partial / "manifest.json", text=json.dumps({"format": FORMAT, "files": files}, indent=2))
     for path in (*partial.iterdir(), partial):
-        _force_to_disk(path)
+        force_to_disk(path)
 
 
 def _put_in_place(partial: Path, *, target: Path) -> None:
@@ -174,7 +174,7 @@ def _put_in_place(partial: Path, *, target: Path) -> None:
         aside = target.with_name(f".{target.name}.replaced.partial")
         target.rename(aside)
     partial.rename(target)
-    _force_to_disk(target.parent)
+    force_to_disk(target.parent)
     _remove_leftovers(target.parent)
 
 
@@ -236,11 +236,3 @@ def _write_text(path: Path, *, text: str) -> None:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _force_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,7 +6,6 @@ finds the old export or the new one.
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from dsv3.checkpoint.reader import INDEX_FILE
 from dsv3.config import ModelConfig
 from dsv3.config.published import notes_for_peers, published_from_model_config
 from dsv3.errors import CheckpointError, ConfigError, TokenizerError
+from dsv3.runtime.atomic import force_to_disk
 from dsv3.runtime.log import get_logger
 
 PRODUCER = "dsv3"
@@ -191,22 +191,14 @@ def _require_space(folder: Path, *, needed: int) -> None:
 def _put_in_place(partial: Path, *, target: Path) -> None:
     """Force the finished folder to the disk and give it its name; only then does what had the name go."""
     for path in (*partial.iterdir(), partial):
-        _force_to_disk(path)
+        force_to_disk(path)
     aside = target.with_name(f".{target.name}.replaced")
     shutil.rmtree(aside, ignore_errors=True)
     if target.exists():
         target.rename(aside)
     partial.rename(target)
-    _force_to_disk(target.parent)
+    force_to_disk(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _force_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _explain(error: Exception, *, folder: Path) -> CheckpointError:

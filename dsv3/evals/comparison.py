@@ -8,6 +8,7 @@ import numpy as np
 
 from dsv3.data.loader import FILLER, RowLoader
 from dsv3.data.tokenizer import Tokenizer
+from dsv3.data.windows import encode_up_to
 from dsv3.errors import DataError
 from dsv3.evals.balance import ExpertLoad
 from dsv3.evals.baselines import NgramModel, Tokens, UnigramModel, xz_bits
@@ -83,20 +84,6 @@ def encode_texts(texts: Mapping[str, Iterable[str]], *, tokenizer: Tokenizer, ma
         if left is not None:
             left -= sum(len(document) for document in documents[name])
     return scored_text(documents, tokenizer=tokenizer)
-
-
-def encode_up_to(texts: Iterable[str], *, tokenizer: Tokenizer, count: int | None) -> list[list[int]]:
-    """Encode texts in order until there are `count` tokens; the last one is cut there."""
-    documents = []
-    for text in texts:
-        if count is not None and count <= 0:
-            break
-        ids = tokenizer.encode(text)[:count]
-        if count is not None:
-            count -= len(ids)
-        if ids:
-            documents.append(ids)
-    return documents
 
 
 def scored_text(documents: Mapping[str, list[list[int]]], *, tokenizer: Tokenizer) -> ScoredText:

@@ -1,27 +1,18 @@
 """Bits per byte: what a model needs to write down a text, in a unit that does not depend on its tokenizer."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 
 from dsv3.batch import TokenBatch
+from dsv3.data.windows import batched, cut_windows
 from dsv3.evals.balance import ExpertLoad
 from dsv3.model.transformer import Transformer
 from dsv3.ops.cross_entropy import token_nll
 
 TOKENS_AT_ONCE = 4096
 """Tokens of one forward pass."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Window:
-    """A stretch of one document that is scored in one piece."""
-
-    document: int
-    tokens: list[int]
-    """All but the first are predicted; the first is the last of the stretch before, or the begin token."""
 
 
 def document_bits(
@@ -40,7 +31,7 @@ def document_bits(
     """
     bits = [0.0] * len(documents)
     device = model.embed_tokens.weight.device
-    for windows in batched(cut_windows(documents, window=window)):
+    for windows in batched(cut_windows(documents, length=window), max_tokens=TOKENS_AT_ONCE):
         batch = TokenBatch.from_sequences([piece.tokens[:-1] for piece in windows]).to(device)
         targets = torch.tensor([token for piece in windows for token in piece.tokens[1:]], device=device)
         with torch.inference_mode():
@@ -53,27 +44,3 @@ def document_bits(
         if on_tokens is not None:
             on_tokens(batch.num_tokens)
     return bits
-
-
-def cut_windows(documents: Sequence[list[int]], *, window: int) -> list[Window]:
-    """Cut documents into stretches of up to `window` inputs, longest first, so that equal lengths meet in a batch."""
-    windows = [
-        Window(document=number, tokens=tokens[start : start + window + 1])
-        for number, tokens in enumerate(documents)
-        for start in range(0, len(tokens) - 1, window)
-    ]
-    return sorted(windows, key=lambda piece: -len(piece.tokens))
-
-
-def batched(windows: Iterable[Window]) -> Iterator[list[Window]]:
-    """Group stretches into batches of about `TOKENS_AT_ONCE` tokens."""
-    batch: list[Window] = []
-    held = 0
-    for piece in windows:
-        if batch and held + len(piece.tokens) - 1 > TOKENS_AT_ONCE:
-            yield batch
-            batch, held = [], 0
-        batch.append(piece)
-        held += len(piece.tokens) - 1
-    if batch:
-        yield batch

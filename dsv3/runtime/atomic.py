@@ -31,3 +31,12 @@ def write_json(values: Any, *, path: Path) -> None:
     """Write `values` as indented JSON, whole or not at all."""
     with whole_file(path) as file:
         file.write(json.dumps(values, ensure_ascii=False, indent=2).encode() + b"\n")
+
+
+def force_to_disk(path: Path) -> None:
+    """Return when a file's bytes, or a folder's names, are on the disk: a rename may then be relied on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

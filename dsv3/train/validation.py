@@ -6,7 +6,7 @@ Each document is read after a begin token, so that its first token is predicted 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Int
@@ -15,6 +15,7 @@ from torch import Tensor
 from dsv3.batch import TokenBatch
 from dsv3.data.prepared import PreparedCorpus
 from dsv3.data.tokenizer import Tokenizer
+from dsv3.data.windows import Window, batched, cut_windows, encode_up_to
 from dsv3.model.transformer import Transformer
 from dsv3.ops.cross_entropy import token_nll
 from dsv3.train.balance import max_violation
@@ -78,17 +79,14 @@ def read_held_out(corpus: PreparedCorpus, *, max_tokens: int, window: int) -> He
         return None
     length_of = torch.tensor([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)])
     num_bytes = tuple(sum(int(length_of[torch.tensor(d)].sum()) for d in documents[name]) for name in sources)
-    windows = [
-        (index, piece)
-        for index, name in enumerate(sources)
-        for document in documents[name]
-        for piece in _windows([tokenizer.bos_id, *document], length=window)
-    ]
+    flat = [[tokenizer.bos_id, *document] for name in sources for document in documents[name]]
+    source_of = [index for index, name in enumerate(sources) for _ in documents[name]]
+    batches = batched(cut_windows(flat, length=window), max_tokens=max(BATCH_TOKENS, window))
     return HeldOut(
         sources=sources,
         bytes=num_bytes,
         tokens=tuple(sum(len(document) for document in documents[name]) for name in sources),
-        batches=tuple(_batches(windows, size=max(BATCH_TOKENS, window))),
+        batches=tuple(_batch(windows, source_of=source_of) for windows in batches),
     )
 
 
@@ -102,49 +100,16 @@ def held_out_documents(corpus: PreparedCorpus, *, tokenizer: Tokenizer, max_toke
     left = max_tokens
     for place, source in enumerate(smallest_first):
         share = left // (len(smallest_first) - place)
-        documents[source.name] = _encode_up_to(corpus.held_out(source), tokenizer=tokenizer, count=share)
+        documents[source.name] = encode_up_to(corpus.held_out(source), tokenizer=tokenizer, count=share)
         left -= sum(len(document) for document in documents[source.name])
     return {source.name: documents[source.name] for source in corpus.sources if documents[source.name]}
 
 
-def _encode_up_to(texts: list[str], *, tokenizer: Tokenizer, count: int) -> list[list[int]]:
-    """Encode texts in order until there are `count` tokens; the last one is cut there."""
-    documents = []
-    for text in texts:
-        if count <= 0:
-            break
-        ids = tokenizer.encode(text)[:count]
-        count -= len(ids)
-        if ids:
-            documents.append(ids)
-    return documents
-
-
-def _windows(ids: list[int], *, length: int) -> list[list[int]]:
-    """Cut into pieces of `length` inputs and one more token; each begins with the last token of the one before."""
-    return [ids[start : start + length + 1] for start in range(0, len(ids) - 1, length)]
-
-
-def _batches(windows: list[tuple[int, list[int]]], *, size: int) -> list[HeldOutBatch]:
-    """Put windows together, the longest first, so that whole windows meet their like and share one attention call."""
-    waiting = sorted(windows, key=lambda window: -len(window[1]))
-    batches = []
-    while waiting:
-        taken, tokens = 0, 0
-        while taken < len(waiting) and (taken == 0 or tokens + len(waiting[taken][1]) - 1 <= size):
-            tokens += len(waiting[taken][1]) - 1
-            taken += 1
-        batches.append(_batch(waiting[:taken]))
-        waiting = waiting[taken:]
-    return batches
-
-
-def _batch(windows: Sequence[tuple[int, list[int]]]) -> HeldOutBatch:
-    inputs = TokenBatch.from_sequences([ids[:-1] for _, ids in windows])
-    targets = torch.tensor([token for _, ids in windows for token in ids[1:]])
-    source = torch.tensor([index for index, ids in windows for _ in ids[1:]])
-    batch = TokenBatch(tokens=inputs.tokens, positions=inputs.positions, starts=inputs.starts, targets=targets)
-    return HeldOutBatch(batch=batch, source=source)
+def _batch(windows: Sequence[Window], *, source_of: Sequence[int]) -> HeldOutBatch:
+    inputs = TokenBatch.from_sequences([window.tokens[:-1] for window in windows])
+    targets = torch.tensor([token for window in windows for token in window.tokens[1:]])
+    source = torch.tensor([source_of[window.document] for window in windows for _ in window.tokens[1:]])
+    return HeldOutBatch(batch=replace(inputs, targets=targets), source=source)
 
 
 @torch.no_grad()

@@ -162,7 +162,7 @@ def test_a_disk_that_fills_while_writing_leaves_the_last_good_one(
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(snapshot_file, "_force_to_disk" if failing == "fsync" else "_write_text", full)
+    monkeypatch.setattr(snapshot_file, "force_to_disk" if failing == "fsync" else "_write_text", full)
     with pytest.raises(SnapshotError, match="disk is full"):
         save(tmp_path, 2)
     assert names(tmp_path) == ["step-000001"]

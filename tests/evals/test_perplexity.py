@@ -7,7 +7,7 @@ import torch
 from dsv3.batch import TokenBatch
 from dsv3.config import ModelConfig
 from dsv3.evals.balance import ExpertLoad
-from dsv3.evals.perplexity import TOKENS_AT_ONCE, cut_windows, document_bits
+from dsv3.evals.perplexity import TOKENS_AT_ONCE, document_bits
 from dsv3.model.transformer import Transformer
 
 SMALL = ModelConfig(
@@ -68,11 +68,6 @@ def test_documents_scored_together_need_what_they_need_alone(model):
     together = document_bits(model, documents=documents, window=128)
     alone = [document_bits(model, documents=[document], window=128)[0] for document in documents]
     assert together == pytest.approx(alone, rel=1e-4)
-
-
-def test_a_document_of_one_token_costs_nothing_and_windows_cover_the_rest():
-    windows = cut_windows([[0], [0, 1, 2, 3], []], window=2)
-    assert [(piece.document, piece.tokens) for piece in windows] == [(1, [0, 1, 2]), (1, [2, 3])]
 
 
 def test_expert_load_counts_every_choice_and_max_violation_is_its_excess_over_the_mean(model):
