@@ -8,6 +8,7 @@
     ├── SnapshotError       a training snapshot that cannot be written or read
     ├── TrainingError       a run that must stop
     │   └── NonFiniteError  a loss or gradient that is NaN or infinite
+    ├── CompilerError       C++ kernels that cannot be compiled here
     └── MissingExtraError   an optional dependency that is not installed
 
 A message says what was asked, what was found and what would work. The command line prints it without a traceback;
@@ -45,6 +46,10 @@ class TrainingError(Dsv3Error):
 
 class NonFiniteError(TrainingError):
     """A loss or gradient that is NaN or infinite."""
+
+
+class CompilerError(Dsv3Error):
+    """C++ kernels that cannot be compiled here."""
 
 
 class MissingExtraError(Dsv3Error):

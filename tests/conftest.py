@@ -1,6 +1,7 @@
 """What every test may count on: one thread, patient property tests, and the folder of real data when it is there."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the folder of real data at {folder}")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def default_cpu_kernels() -> Iterator[None]:
+    """Let no test choose the kernels of the next."""
+    yield
+    from dsv3.ops.native import choose_cpu_kernels  # here, so that shapes are checked in it: see pyproject.toml
+
+    choose_cpu_kernels("auto")

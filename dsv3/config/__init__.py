@@ -4,9 +4,17 @@ from dsv3.config.balance import BalanceConfig
 from dsv3.config.data import DataConfig, SourceConfig
 from dsv3.config.model import ModelConfig, YarnConfig
 from dsv3.config.run import EvaluationConfig, PretrainConfig, RuntimeConfig, SnapshotConfig
-from dsv3.config.training import BatchConfig, LearningRateConfig, MtpLossConfig, OptimConfig
+from dsv3.config.training import (
+    KEEP_ALL,
+    BatchConfig,
+    LearningRateConfig,
+    MtpLossConfig,
+    OptimConfig,
+    RecomputeConfig,
+)
 
 __all__ = [
+    "KEEP_ALL",
     "BalanceConfig",
     "BatchConfig",
     "DataConfig",
@@ -16,6 +24,7 @@ __all__ = [
     "MtpLossConfig",
     "OptimConfig",
     "PretrainConfig",
+    "RecomputeConfig",
     "RuntimeConfig",
     "SnapshotConfig",
     "SourceConfig",

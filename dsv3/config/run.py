@@ -6,7 +6,7 @@ from dsv3.config.balance import BalanceConfig
 from dsv3.config.check import require_choice, require_not_negative, require_positive
 from dsv3.config.data import DataConfig
 from dsv3.config.model import ModelConfig
-from dsv3.config.training import BatchConfig, MtpLossConfig, OptimConfig
+from dsv3.config.training import BatchConfig, MtpLossConfig, OptimConfig, RecomputeConfig
 from dsv3.errors import ConfigError
 
 
@@ -52,10 +52,13 @@ class RuntimeConfig:
     """Compute type: 'auto' (BF16 on CUDA, FP32 on CPU), 'float32' or 'bfloat16'."""
     threads: int = 0
     """CPU threads of one process; 0 takes all that this process may use."""
+    cpu_kernels: str = "auto"
+    """'auto' (our C++ kernels where they compile, else torch's), 'native' (ours, or refuse) or 'torch'."""
 
     def __post_init__(self) -> None:
         require_not_negative(self, "seed", "threads")
         require_choice(self, "dtype", choices=("auto", "float32", "bfloat16"))
+        require_choice(self, "cpu_kernels", choices=("auto", "native", "torch"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +71,7 @@ class PretrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     mtp: MtpLossConfig = field(default_factory=MtpLossConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     snapshot: SnapshotConfig = field(default_factory=SnapshotConfig)

@@ -84,6 +84,22 @@ class BatchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecomputeConfig:
+    """What is made again in the backward pass instead of kept for it (report 3.2.3). Changes memory, not results."""
+
+    norms: bool = True
+    """Outputs of every RMSNorm."""
+    up_projections: bool = True
+    """Queries, keys and values of every head, from the latents."""
+    swiglu: bool = True
+    """Outputs of the SwiGLU of experts, shared experts and dense layers."""
+
+
+KEEP_ALL = RecomputeConfig(norms=False, up_projections=False, swiglu=False)
+"""Nothing is made again: the fastest, where memory allows."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MtpLossConfig:
     """Weight of the multi-token-prediction loss over training (lambda, report 4.2)."""
 

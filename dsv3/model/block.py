@@ -10,11 +10,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsv3.batch import TokenBatch
-from dsv3.config import ModelConfig
+from dsv3.config import KEEP_ALL, ModelConfig, RecomputeConfig
 from dsv3.model.interfaces import DispatchedTokens, LatentCache, Routing, TokenDispatch
 from dsv3.model.linear import RMSNorm
 from dsv3.model.mla import LatentAttention
 from dsv3.model.moe import FeedForward, MixtureOfExperts
+from dsv3.ops.recompute import made_again
 from dsv3.ops.rope import Rotation
 
 
@@ -34,9 +35,12 @@ class Block(nn.Module):
         batch: TokenBatch,
         rotation: Rotation,
         cache: LatentCache | None,
+        recompute: RecomputeConfig = KEEP_ALL,
     ) -> Float[Tensor, "token hidden"]:
         """Return hidden + MLA(norm(hidden))."""
-        return hidden + self.self_attn(self.input_layernorm(hidden), batch=batch, rotation=rotation, cache=cache)
+        normed = self.input_layernorm(hidden)
+        with made_again((normed, lambda: self.input_layernorm(hidden)), when=recompute.norms):
+            return hidden + self.self_attn(normed, batch=batch, rotation=rotation, cache=cache, recompute=recompute)
 
 
 class DenseBlock(Block):
@@ -53,10 +57,13 @@ class DenseBlock(Block):
         batch: TokenBatch,
         rotation: Rotation,
         cache: LatentCache | None,
+        recompute: RecomputeConfig = KEEP_ALL,
     ) -> Float[Tensor, "token hidden"]:
         """Return the layer's output."""
-        hidden = self.attention(hidden, batch=batch, rotation=rotation, cache=cache)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        middle = self.attention(hidden, batch=batch, rotation=rotation, cache=cache, recompute=recompute)
+        normed = self.post_attention_layernorm(middle)
+        with made_again((normed, lambda: self.post_attention_layernorm(middle)), when=recompute.norms):
+            return middle + self.mlp(normed, recompute=recompute)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,15 +84,18 @@ class MoeBlock(Block):
         self.mlp = MixtureOfExperts(config)
         self.has_shared_experts = config.n_shared_experts > 0
 
-    def dispatch(self, hidden: Float[Tensor, "token hidden"], *, through: TokenDispatch) -> SentTokens:
+    def dispatch(
+        self, hidden: Float[Tensor, "token hidden"], *, through: TokenDispatch, recompute: RecomputeConfig = KEEP_ALL
+    ) -> SentTokens:
         """Route the normed tokens and send them to their experts."""
         normed = self.post_attention_layernorm(hidden)
-        routing = self.mlp.gate(normed)
-        return SentTokens(dispatched=through.dispatch(normed, routing=routing), normed=normed, routing=routing)
+        with made_again((normed, lambda: self.post_attention_layernorm(hidden)), when=recompute.norms):
+            routing = self.mlp.gate(normed)
+            return SentTokens(dispatched=through.dispatch(normed, routing=routing), normed=normed, routing=routing)
 
-    def experts(self, sent: SentTokens) -> Float[Tensor, "row hidden"]:
+    def experts(self, sent: SentTokens, *, recompute: RecomputeConfig = KEEP_ALL) -> Float[Tensor, "row hidden"]:
         """Run the routed experts held here on what arrived."""
-        return self.mlp.experts(sent.dispatched)
+        return self.mlp.experts(sent.dispatched, recompute=recompute)
 
     def combine(
         self,
@@ -94,10 +104,14 @@ class MoeBlock(Block):
         hidden: Float[Tensor, "token hidden"],
         sent: SentTokens,
         through: TokenDispatch,
+        recompute: RecomputeConfig = KEEP_ALL,
     ) -> Float[Tensor, "token hidden"]:
         """Return hidden + routed + shared (eq. 12)."""
         total = hidden + through.combine(outputs, dispatched=sent.dispatched)
-        return total + self.mlp.shared_experts(sent.normed) if self.has_shared_experts else total
+        if not self.has_shared_experts:
+            return total
+        with made_again((sent.normed, lambda: self.post_attention_layernorm(hidden)), when=recompute.norms):
+            return total + self.mlp.shared_experts(sent.normed, recompute=recompute)
 
     def forward(
         self,
@@ -107,9 +121,11 @@ class MoeBlock(Block):
         rotation: Rotation,
         cache: LatentCache | None,
         dispatch: TokenDispatch,
+        recompute: RecomputeConfig = KEEP_ALL,
     ) -> tuple[Float[Tensor, "token hidden"], Routing]:
         """Return the layer's output and how its tokens were routed."""
-        hidden = self.attention(hidden, batch=batch, rotation=rotation, cache=cache)
-        sent = self.dispatch(hidden, through=dispatch)
-        outputs = self.experts(sent)
-        return self.combine(outputs, hidden=hidden, sent=sent, through=dispatch), sent.routing
+        middle = self.attention(hidden, batch=batch, rotation=rotation, cache=cache, recompute=recompute)
+        sent = self.dispatch(middle, through=dispatch, recompute=recompute)
+        outputs = self.experts(sent, recompute=recompute)
+        combined = self.combine(outputs, hidden=middle, sent=sent, through=dispatch, recompute=recompute)
+        return combined, sent.routing

@@ -15,10 +15,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsv3.batch import TokenBatch
-from dsv3.config import ModelConfig
+from dsv3.config import KEEP_ALL, ModelConfig, RecomputeConfig
 from dsv3.model.interfaces import LatentCache
 from dsv3.model.linear import Linear, RMSNorm
-from dsv3.ops.attention import causal_attention, latent_attention
+from dsv3.ops.attention import expanded_attention, latent_attention
+from dsv3.ops.recompute import made_again
 from dsv3.ops.rope import Rotation, rotate, softmax_scale
 
 
@@ -49,66 +50,88 @@ class LatentAttention(nn.Module):
         batch: TokenBatch,
         rotation: Rotation,
         cache: LatentCache | None,
+        recompute: RecomputeConfig = KEEP_ALL,
     ) -> Float[Tensor, "token hidden"]:
         """Return u = W^O [o_1; ...; o_nh] (eq. 11) for every token; a cache is appended to, then attended to whole."""
-        query_nope, query_rope = self.queries(hidden, rotation=rotation)
-        latent, rope_key = self.compress(hidden, rotation=rotation)
+        before_query = self.compress_query(hidden)
+        before_latent, rope_key = self.compress(hidden)
+        query = self.queries(before_query, recompute=recompute)
+        latent = self.kv_a_layernorm(before_latent)
         if cache is not None:
-            cache.append(latent, rope_key=rope_key, layer=self.layer, batch=batch)
-        if cache is None or _nothing_cached_before(batch):
-            heads = self.attend_expanded(query_nope, query_rope, latent=latent, rope_key=rope_key, batch=batch)
-        else:
-            heads = self.attend_cached(query_nope, query_rope, batch=batch, cache=cache)
+            turned = rotate(rope_key[:, None, :], rotation=rotation)[:, 0, :]
+            cache.append(latent, rope_key=turned, layer=self.layer, batch=batch)
+        if cache is not None and not _nothing_cached_before(batch):
+            return self.o_proj(self.attend_cached(query, batch=batch, rotation=rotation, cache=cache).flatten(1))
+
+        with made_again((latent, lambda: self.kv_a_layernorm(before_latent)), when=recompute.norms):
+            key_value = self.keys_and_values(latent)
+        from_latents = [(key_value, lambda: self.keys_and_values(self.kv_a_layernorm(before_latent)))]
+        if self.config.q_lora_rank is not None:
+            from_latents.append((query, lambda: self.queries(before_query)))
+        with made_again(*from_latents, when=recompute.up_projections):
+            heads = self.attend_expanded(query, key_value=key_value, rope_key=rope_key, batch=batch, rotation=rotation)
         return self.o_proj(heads.flatten(1))
 
+    def compress_query(self, hidden: Float[Tensor, "token hidden"]) -> Float[Tensor, "token query_latent"]:
+        """Return c^Q before its norm (eq. 6), or without query compression the hidden state itself."""
+        return hidden if self.config.q_lora_rank is None else self.q_a_proj(hidden)
+
     def queries(
-        self, hidden: Float[Tensor, "token hidden"], *, rotation: Rotation
-    ) -> tuple[Float[Tensor, "token head nope"], Float[Tensor, "token head rope"]]:
-        """Return the two parts of every query head: without position, and rotated (eq. 6-9)."""
+        self, compressed: Float[Tensor, "token query_latent"], *, recompute: RecomputeConfig = KEEP_ALL
+    ) -> Float[Tensor, "token head qk"]:
+        """Return every query head from what `compress_query` returned (eq. 7-8).
+
+        A head is its part without position, then the part that is yet to be rotated.
+        """
         if self.config.q_lora_rank is None:
-            query = self.q_proj(hidden)
+            query = self.q_proj(compressed)
         else:
             # The norm over the latent is stated in report 4.2, not in eq. 6.
-            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden)))
-        query = query.unflatten(-1, (self.config.num_attention_heads, -1))
-        nope, rope = query.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1)
-        return nope, rotate(rope, rotation=rotation)
+            latent = self.q_a_layernorm(compressed)
+            with made_again((latent, lambda: self.q_a_layernorm(compressed)), when=recompute.norms):
+                query = self.q_b_proj(latent)
+        return query.unflatten(-1, (self.config.num_attention_heads, -1))
 
     def compress(
-        self, hidden: Float[Tensor, "token hidden"], *, rotation: Rotation
+        self, hidden: Float[Tensor, "token hidden"]
     ) -> tuple[Float[Tensor, "token latent"], Float[Tensor, "token rope"]]:
-        """Return what a cache keeps: the normed latent c^KV (eq. 1) and the rotated shared key k^R (eq. 3)."""
+        """Return the latent c^KV before its norm (eq. 1) and the shared key k^R before its rotation (eq. 3).
+
+        The norm covers the latent only, never the rope key (report 4.2).
+        """
         compressed = self.kv_a_proj_with_mqa(hidden)
         latent, rope_key = compressed.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
-        # The norm covers the latent only, never the rope key (report 4.2).
-        return self.kv_a_layernorm(latent), rotate(rope_key[:, None, :], rotation=rotation)[:, 0, :]
+        return latent, rope_key
+
+    def keys_and_values(self, latent: Float[Tensor, "token latent"]) -> Float[Tensor, "token head nope_and_v"]:
+        """Return for every head its key without position, then its value, from the normed latent (eq. 2, 5)."""
+        return self.kv_b_proj(latent).unflatten(-1, (self.config.num_attention_heads, -1))
 
     def attend_expanded(
         self,
-        query_nope: Float[Tensor, "token head nope"],
-        query_rope: Float[Tensor, "token head rope"],
+        query: Float[Tensor, "token head qk"],
         *,
-        latent: Float[Tensor, "token latent"],
+        key_value: Float[Tensor, "token head nope_and_v"],
         rope_key: Float[Tensor, "token rope"],
         batch: TokenBatch,
+        rotation: Rotation,
     ) -> Float[Tensor, "token head v"]:
-        """Attend with keys and values of every head (eq. 2, 4, 5, 10), each sequence to itself."""
-        heads = self.config.num_attention_heads
-        key_value = self.kv_b_proj(latent).unflatten(-1, (heads, -1))
-        key_nope, value = key_value.split([self.config.qk_nope_head_dim, self.config.v_head_dim], dim=-1)
-        key = torch.cat((key_nope, rope_key[:, None, :].expand(-1, heads, -1)), dim=-1)
-        query = torch.cat((query_nope, query_rope), dim=-1)
-        return causal_attention(query, key=key, value=value, lengths=batch.lengths, scale=self.scale)
+        """Attend with keys and values of every head (eq. 4, 10), each sequence to itself."""
+        return expanded_attention(
+            query, key_value=key_value, rope_key=rope_key, rotation=rotation, lengths=batch.lengths, scale=self.scale
+        )
 
     def attend_cached(
         self,
-        query_nope: Float[Tensor, "token head nope"],
-        query_rope: Float[Tensor, "token head rope"],
+        query: Float[Tensor, "token head qk"],
         *,
         batch: TokenBatch,
+        rotation: Rotation,
         cache: LatentCache,
     ) -> Float[Tensor, "token head v"]:
         """Attend in the absorbed form to everything cached of each sequence, the new tokens included."""
+        query_nope, query_rope = query.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1)
+        query_rope = rotate(query_rope, rotation=rotation)
         up = self.kv_b_proj.weight.unflatten(0, (self.config.num_attention_heads, -1))
         key_up, value_up = up.split([self.config.qk_nope_head_dim, self.config.v_head_dim], dim=1)  # W^UK, W^UV
         query_latent = torch.einsum("thn,hnc->thc", query_nope, key_up)

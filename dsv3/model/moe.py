@@ -1,16 +1,19 @@
 """DeepSeekMoE (report 2.1.2, eq. 12): shared experts for every token, routed experts for those sent to them."""
 
+from functools import partial
+
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dsv3.config import ModelConfig
+from dsv3.config import KEEP_ALL, ModelConfig, RecomputeConfig
 from dsv3.model.interfaces import DispatchedTokens, Routing
 from dsv3.model.linear import Linear
 from dsv3.model.router import Router
 from dsv3.ops.grouped_gemm import grouped_linear
 from dsv3.ops.permute import copy_to_rows, sum_to_tokens
+from dsv3.ops.recompute import made_again
+from dsv3.ops.swiglu import swiglu, weighted_swiglu
 
 
 class FeedForward(nn.Module):
@@ -22,9 +25,14 @@ class FeedForward(nn.Module):
         self.up_proj = Linear(hidden_size, intermediate_size)
         self.down_proj = Linear(intermediate_size, hidden_size)
 
-    def forward(self, x: Float[Tensor, "token hidden"]) -> Float[Tensor, "token hidden"]:
+    def forward(
+        self, x: Float[Tensor, "token hidden"], *, recompute: RecomputeConfig = KEEP_ALL
+    ) -> Float[Tensor, "token hidden"]:
         """Return the network's output for every token."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        active = swiglu(gate, up=up)
+        with made_again((active, lambda: swiglu(gate, up=up)), when=recompute.swiglu):
+            return self.down_proj(active)
 
 
 class Experts(nn.Module):
@@ -36,17 +44,20 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))  # gate rows, then up rows
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
 
-    def forward(self, dispatched: DispatchedTokens) -> Float[Tensor, "row hidden"]:
+    def forward(
+        self, dispatched: DispatchedTokens, *, recompute: RecomputeConfig = KEEP_ALL
+    ) -> Float[Tensor, "row hidden"]:
         """Return each row's expert output, times the row's gate value.
 
         The gate multiplies before the down projection, as in the published training trace: the same sum, and the
         product can be fused into the activation.
         """
         counts = dispatched.rows_per_expert
-        both = grouped_linear(dispatched.rows, weight=self.gate_up_proj, rows_per_expert=counts)
-        gate, up = both.chunk(2, dim=-1)
-        active = F.silu(gate) * up * dispatched.gates[:, None].to(both.dtype)
-        return grouped_linear(active, weight=self.down_proj, rows_per_expert=counts)
+        gate_up = grouped_linear(dispatched.rows, weight=self.gate_up_proj, rows_per_expert=counts)
+        active = weighted_swiglu(gate_up, factors=dispatched.gates)
+        remake = partial(weighted_swiglu, gate_up, factors=dispatched.gates)
+        with made_again((active, remake), when=recompute.swiglu):
+            return grouped_linear(active, weight=self.down_proj, rows_per_expert=counts)
 
 
 class LocalDispatch:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsv3.batch import TokenBatch
-from dsv3.config import ModelConfig
+from dsv3.config import KEEP_ALL, ModelConfig, RecomputeConfig
 from dsv3.model.block import MoeBlock
 from dsv3.model.interfaces import LatentCache, Routing, TokenDispatch
 from dsv3.model.linear import Linear, RMSNorm
@@ -40,6 +40,7 @@ class MtpModule(nn.Module):
         rotation: Rotation,
         cache: LatentCache | None,
         dispatch: TokenDispatch,
+        recompute: RecomputeConfig = KEEP_ALL,
     ) -> tuple[Float[Tensor, "token hidden"], Routing]:
         """Return the block's output, before `norm`, and its routing.
 
@@ -50,4 +51,4 @@ class MtpModule(nn.Module):
         if self.config.mtp_concat_order == "hidden_first":
             halves = (halves[1], halves[0])
         joined = self.eh_proj(torch.cat(halves, dim=-1))
-        return self.block(joined, batch=batch, rotation=rotation, cache=cache, dispatch=dispatch)
+        return self.block(joined, batch=batch, rotation=rotation, cache=cache, dispatch=dispatch, recompute=recompute)

@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsv3.batch import TokenBatch
-from dsv3.config import ModelConfig
+from dsv3.config import KEEP_ALL, ModelConfig, RecomputeConfig
 from dsv3.model.block import DenseBlock, MoeBlock
 from dsv3.model.interfaces import LatentCache, ModelOutput, MtpOutput, Routing, TokenDispatch
 from dsv3.model.linear import Linear, RMSNorm
@@ -40,11 +40,13 @@ class Transformer(nn.Module):
         *,
         cache: LatentCache | None = None,
         dispatch: TokenDispatch | None = None,
+        recompute: RecomputeConfig = KEEP_ALL,
         mtp: bool = False,
     ) -> ModelOutput:
         """Return hidden states, after the final norm, and how tokens were routed; with `mtp`, run the MTP modules too.
 
         Without a cache every sequence is read whole. With one, tokens are appended to it and see all that it holds.
+        `recompute` says what a backward pass makes again instead of finding it kept.
         """
         dispatch = dispatch or LocalDispatch()
         rotation = self._rotation(batch)
@@ -52,10 +54,12 @@ class Transformer(nn.Module):
         routings: list[Routing] = []
         for block in self.layers:
             if isinstance(block, MoeBlock):
-                hidden, routing = block(hidden, batch=batch, rotation=rotation, cache=cache, dispatch=dispatch)
+                hidden, routing = block(
+                    hidden, batch=batch, rotation=rotation, cache=cache, dispatch=dispatch, recompute=recompute
+                )
                 routings.append(routing)
             else:
-                hidden = block(hidden, batch=batch, rotation=rotation, cache=cache)
+                hidden = block(hidden, batch=batch, rotation=rotation, cache=cache, recompute=recompute)
         normed = self.norm(hidden)
         batches = [batch] * len(routings)
         outputs: list[MtpOutput] = []
@@ -64,7 +68,9 @@ class Transformer(nn.Module):
             ahead = batch
             for depth in range(len(self.mtp)):
                 state, ahead = state.index_select(0, ahead.not_last), ahead.ahead()
-                output, routing = self.predict_ahead(state, depth=depth, batch=ahead, cache=cache, dispatch=dispatch)
+                output, routing = self.predict_ahead(
+                    state, depth=depth, batch=ahead, cache=cache, dispatch=dispatch, recompute=recompute
+                )
                 state = output.hidden if self.config.mtp_hidden_source == "post_norm" else output.before_norm
                 outputs.append(output)
                 routings.append(routing)
@@ -79,6 +85,7 @@ class Transformer(nn.Module):
         batch: TokenBatch,
         cache: LatentCache | None = None,
         dispatch: TokenDispatch | None = None,
+        recompute: RecomputeConfig = KEEP_ALL,
     ) -> tuple[MtpOutput, Routing]:
         """Run MTP module `depth` on the state before it and the batch of tokens one further on (`TokenBatch.ahead`)."""
         module = self.mtp[depth]
@@ -90,6 +97,7 @@ class Transformer(nn.Module):
             rotation=self._rotation(batch),
             cache=cache,
             dispatch=dispatch or LocalDispatch(),
+            recompute=recompute,
         )
         return MtpOutput(batch=batch, hidden=module.norm(hidden), before_norm=hidden), routing
 

@@ -1,11 +1,98 @@
 """The core of attention, without parameters: causal over whole sequences, and absorbed over a latent cache."""
 
 from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dsv3.ops import native
+from dsv3.ops.rope import Rotation, rotate
+
+
+def expanded_attention(
+    query: Float[Tensor, "token head qk"],
+    *,
+    key_value: Float[Tensor, "token head nope_and_v"],
+    rope_key: Float[Tensor, "token rope"],
+    rotation: Rotation,
+    lengths: Sequence[int],
+    scale: float,
+) -> Float[Tensor, "token head v"]:
+    """Attend from each token to itself and the tokens before it in its own sequence, from the projections as they are.
+
+    Nothing is rotated yet: the last `rope` numbers of each query head and the one rope key are, here, by `rotation`.
+    Each head of `key_value` holds its key without position, then its value. Sequences lie end to end.
+
+    Source: report 2.1.1, eq. 2-5 and 7-10.
+    """
+    if native.usable(query, key_value, rope_key, rotation.cos, rotation.sin):
+        return _ExpandedAttention.apply(query, key_value, rope_key, rotation.cos, rotation.sin, tuple(lengths), scale)
+    return expanded_attention_plain(
+        query, key_value=key_value, rope_key=rope_key, rotation=rotation, lengths=lengths, scale=scale
+    )
+
+
+def expanded_attention_plain(
+    query: Float[Tensor, "token head qk"],
+    *,
+    key_value: Float[Tensor, "token head nope_and_v"],
+    rope_key: Float[Tensor, "token rope"],
+    rotation: Rotation,
+    lengths: Sequence[int],
+    scale: float,
+) -> Float[Tensor, "token head v"]:
+    """`expanded_attention` in the report's steps: rotate, give every head the shared key, attend."""
+    heads, rope = query.shape[1], rope_key.shape[1]
+    nope = query.shape[2] - rope
+    query_nope, query_rope = query.split([nope, rope], dim=-1)
+    key_nope, value = key_value.split([nope, key_value.shape[2] - nope], dim=-1)
+    shared = rotate(rope_key[:, None, :], rotation=rotation).expand(-1, heads, -1)
+    return causal_attention(
+        torch.cat((query_nope, rotate(query_rope, rotation=rotation)), dim=-1),
+        key=torch.cat((key_nope, shared), dim=-1),
+        value=value,
+        lengths=lengths,
+        scale=scale,
+    )
+
+
+class _ExpandedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key_value: Tensor,
+        rope_key: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        lengths: tuple[int, ...],
+        scale: float,
+    ) -> Tensor:
+        inputs = [x.contiguous() for x in (query, key_value, rope_key, cos, sin)]
+        tokens, heads, qk = query.shape
+        rope = rope_key.shape[1]
+        nope = qk - rope
+        output = query.new_empty(tokens, heads, key_value.shape[2] - nope)
+        log_sum = query.new_empty(tokens, heads)
+        starts = torch.tensor([0, *accumulate(lengths)])
+        ctx.shape = (starts, len(lengths), heads, nope, rope, output.shape[2], scale)
+        native.call("attention_forward", *inputs, output, log_sum, *ctx.shape)
+        ctx.save_for_backward(*inputs, output, log_sum)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        query, key_value, rope_key, *others = ctx.saved_tensors
+        results = [torch.empty_like(x) for x in (query, key_value, rope_key)]
+        slope = gradients[0].contiguous()
+        native.call("attention_backward", slope, query, key_value, rope_key, *others, *results, *ctx.shape)
+        return *results, None, None, None, None
 
 
 def causal_attention(

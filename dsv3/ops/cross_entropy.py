@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsv3.batch import IGNORE
+from dsv3.ops import native
 
 CHUNK_ELEMENTS = 1 << 22
 """Logits held at once: 16 MB in FP32."""
@@ -63,14 +64,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             coefficient = (target != IGNORE).to(accumulator)
             if weights is not None:
                 coefficient = coefficient * weights[rows].to(accumulator)
-            index = target.clamp(min=0)[:, None]
-            log_probability = logits.log_softmax(-1)
-            total -= (log_probability.gather(1, index).squeeze(1) * coefficient).sum()
+            losses, slope = _losses_and_slopes(logits, target, coefficient, wants_gradient)
+            total += (losses * coefficient).sum()
             if of_hidden is not None and of_weight is not None:
-                # d nll / d logits = softmax(logits) - onehot(target), in place of the log-probabilities.
-                slope = log_probability.exp_()
-                slope.scatter_add_(1, index, torch.full_like(index, -1, dtype=accumulator))
-                slope.mul_(coefficient[:, None])
                 slope = slope.to(hidden.dtype)
                 torch.mm(slope, weight, out=of_hidden[rows])
                 if of_weight.dtype == slope.dtype:
@@ -87,6 +83,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         of_hidden, of_weight = ctx.saved_tensors
         gradient = gradients[0]
         return of_hidden * gradient.to(of_hidden.dtype), (of_weight * gradient).to(ctx.weight_dtype), None, None, None
+
+
+def _losses_and_slopes(
+    logits: Tensor, targets: Tensor, coefficients: Tensor, wants_slopes: bool
+) -> tuple[Tensor, Tensor]:
+    """Return each row's -log softmax[target] and, in the memory of `logits`, its gradient times the coefficient."""
+    rows, vocab = logits.shape
+    index = targets.long().clamp(min=0)
+    if native.usable(logits, coefficients):
+        assert rows == 0 or int(index.max()) < vocab, "a target lies outside the vocabulary"
+        losses = logits.new_empty(rows)
+        native.call("cross_entropy_rows", logits, index, coefficients, losses, int(wants_slopes), rows, vocab)
+        return losses, logits
+    log_probability = logits.log_softmax(-1)
+    losses = -log_probability.gather(1, index[:, None]).squeeze(1)
+    if not wants_slopes:
+        return losses, log_probability
+    # d nll / d logits = softmax(logits) - onehot(target), in place of the log-probabilities.
+    slope = log_probability.exp_()
+    slope.scatter_add_(1, index[:, None], torch.full_like(index[:, None], -1, dtype=slope.dtype))
+    return losses, slope.mul_(coefficients[:, None])
 
 
 def _chunks(num_tokens: int, vocab_size: int) -> list[slice]:

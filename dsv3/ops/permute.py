@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dsv3.ops import native
+
 
 def copy_to_rows(
     tokens: Float[Tensor, "token hidden"], *, source: Int[Tensor, " row"], origin: Int[Tensor, "token chosen"]
@@ -29,7 +31,7 @@ class _CopyToRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, source: Tensor, origin: Tensor) -> Tensor:
         ctx.save_for_backward(source, origin)
-        return tokens.index_select(0, source)
+        return _gather(tokens, source)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -41,12 +43,31 @@ class _SumToTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, source: Tensor, origin: Tensor) -> Tensor:
         ctx.save_for_backward(source, origin)
-        total = rows.index_select(0, origin[:, 0])
-        for choice in range(1, origin.shape[1]):
-            total += rows.index_select(0, origin[:, choice])
-        return total
+        return _sum(rows, origin)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         source, origin = ctx.saved_tensors
         return _CopyToRows.apply(gradients[0], source, origin), None, None
+
+
+def _gather(tokens: Tensor, source: Tensor) -> Tensor:
+    if not native.usable(tokens):
+        return tokens.index_select(0, source)
+    tokens, source = tokens.contiguous(), source.contiguous()
+    rows = tokens.new_empty(source.shape[0], tokens.shape[1])
+    native.call("gather_rows", tokens, source, rows, *rows.shape)
+    return rows
+
+
+def _sum(rows: Tensor, origin: Tensor) -> Tensor:
+    if not native.usable(rows):
+        total = rows.index_select(0, origin[:, 0])
+        for choice in range(1, origin.shape[1]):
+            total += rows.index_select(0, origin[:, choice])
+        return total
+    rows, origin = rows.contiguous(), origin.contiguous()
+    tokens, chosen = origin.shape
+    total = rows.new_empty(tokens, rows.shape[1])
+    native.call("sum_rows", rows, origin, total, tokens, chosen, rows.shape[1])
+    return total

@@ -93,7 +93,12 @@ _SHORTER = "a shorter run; the schedules keep their fractions of it"
 
 _SMALL_BATCHES = "a small model learns more from a token in small batches; the batch grows fivefold, as published"
 
+_KEPT = "what one step keeps for its backward pass fits in memory; not making it again is faster"
+
 _OF_A_SMALLER_MODEL = {
+    "recompute.norms": _KEPT,
+    "recompute.up_projections": _KEPT,
+    "recompute.swiglu": _KEPT,
     "total_tokens": _SHORTER,
     "model.hidden_size": _SMALLER,
     "model.num_hidden_layers": _SMALLER,

@@ -1,6 +1,7 @@
 """A model of about a hundred million parameters with the whole shape of V3, for one GPU or a patient CPU."""
 
 from dsv3.config import (
+    KEEP_ALL,
     BalanceConfig,
     BatchConfig,
     EvaluationConfig,
@@ -50,6 +51,7 @@ def small() -> PretrainConfig:
             micro_batch_sequences=8,
         ),
         optim=OptimConfig(learning_rate=learning_rate(1e-3, total_tokens=TOTAL_TOKENS, warmup_steps=200)),
+        recompute=KEEP_ALL,
         mtp=MtpLossConfig(switch_tokens=scaled.mtp_switch_tokens),
         balance=BalanceConfig(bias_freeze_tokens=scaled.bias_freeze_tokens),
         snapshot=SnapshotConfig(every_steps=500),

@@ -1,6 +1,7 @@
 """The quickstart: the whole V3 recipe in minutes on two CPU cores."""
 
 from dsv3.config import (
+    KEEP_ALL,
     BalanceConfig,
     BatchConfig,
     DataConfig,
@@ -60,6 +61,7 @@ def tiny() -> PretrainConfig:
             learning_rate=learning_rate(3e-3, total_tokens=TOTAL_TOKENS, warmup_steps=50),
             ema_decay=0.995,
         ),
+        recompute=KEEP_ALL,
         mtp=MtpLossConfig(switch_tokens=scaled.mtp_switch_tokens),
         balance=BalanceConfig(bias_update_speed=2e-3, bias_freeze_tokens=scaled.bias_freeze_tokens),
         snapshot=SnapshotConfig(every_steps=200),

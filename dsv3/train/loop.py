@@ -18,6 +18,7 @@ from dsv3.data.prepare import prepare_corpus
 from dsv3.data.prepared import PreparedCorpus
 from dsv3.errors import NonFiniteError, TrainingError
 from dsv3.model.transformer import Transformer
+from dsv3.ops.native import choose_cpu_kernels
 from dsv3.runtime.device import set_threads
 from dsv3.runtime.log import get_logger
 from dsv3.train.event import EventCallback, TrainEvent
@@ -80,6 +81,7 @@ def pretrain(
     notify = on_event or _ignore
     with open_run_folder(folder, config=config):
         set_threads(config.runtime.threads)
+        choose_cpu_kernels(config.runtime.cpu_kernels)
         corpus = prepare_corpus(config, folder=folder / "corpus", progress=_corpus_progress(notify))
         with _readable_errors(folder), _Run.open(config, folder=folder, corpus=corpus, notify=notify) as run:
             run.sampler = sampler

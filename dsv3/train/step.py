@@ -129,7 +129,7 @@ def _forward_backward(
     parts: list[LossParts] = []
     load: list[Tensor] = []
     for batch in batches:
-        output = state.model(batch, mtp=mtp_weight > 0)
+        output = state.model(batch, mtp=mtp_weight > 0, recompute=state.config.recompute)
         loss = pretraining_loss(
             state.model,
             output=output,

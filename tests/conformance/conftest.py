@@ -13,7 +13,7 @@ import torch
 
 from dsv3.batch import TokenBatch
 from dsv3.config import PretrainConfig
-from dsv3.model import mla
+from dsv3.ops import attention
 from dsv3.model.interfaces import ModelOutput
 from dsv3.model.transformer import Transformer
 from dsv3.recipes import v3_671b
@@ -139,12 +139,12 @@ def watch_attention(model: Transformer, batch: TokenBatch) -> list[SeenAttention
             module.q_a_layernorm.register_forward_hook(note(place, "query_latent_before_norm", of_output=False)),
             module.kv_a_layernorm.register_forward_hook(note(place, "latent_before_norm", of_output=False)),
         ]
-    original, cache = mla.causal_attention, RecordingCache()
+    original, cache = attention.causal_attention, RecordingCache()
     try:
-        mla.causal_attention = core
+        attention.causal_attention = core
         model(batch, cache=cache, mtp=True)
     finally:
-        mla.causal_attention = original
+        attention.causal_attention = original
         for handle in handles:
             handle.remove()
 

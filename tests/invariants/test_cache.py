@@ -11,6 +11,7 @@ from dsv3.infer.cache import DenseLatentCache
 from dsv3.infer.generate import CachedTokens, stream
 from dsv3.infer.sampler import SamplingParams
 from dsv3.model.transformer import Transformer
+from dsv3.ops.rope import rotate
 
 VOCAB = 96
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
@@ -121,11 +122,14 @@ def test_absorbed_attention_over_the_cache_equals_expanded_attention(name):
     batch, cache = TokenBatch.from_sequences([ids]), new_cache(model)
     hidden = torch.randn(len(ids), 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     rotation = model._rotation(batch)
-    nope, rope = attention.queries(hidden, rotation=rotation)
-    latent, rope_key = attention.compress(hidden, rotation=rotation)
-    cache.append(latent, rope_key=rope_key, layer=1, batch=batch)
-    expanded = attention.attend_expanded(nope, rope, latent=latent, rope_key=rope_key, batch=batch)
-    absorbed = attention.attend_cached(nope, rope, batch=batch, cache=cache)
+    query = attention.queries(attention.compress_query(hidden))
+    before_latent, rope_key = attention.compress(hidden)
+    latent = attention.kv_a_layernorm(before_latent)
+    cache.append(latent, rope_key=rotate(rope_key[:, None], rotation=rotation)[:, 0], layer=1, batch=batch)
+    expanded = attention.attend_expanded(
+        query, key_value=attention.keys_and_values(latent), rope_key=rope_key, batch=batch, rotation=rotation
+    )
+    absorbed = attention.attend_cached(query, batch=batch, rotation=rotation, cache=cache)
     assert_close(absorbed, expanded)
 
 
