@@ -13,6 +13,7 @@ from dsv3.config.files import read_config, read_json, to_dict
 from dsv3.config.override import apply_overrides
 from dsv3.config.published import model_config_from_published
 from dsv3.errors import ConfigError
+from dsv3.plan.activations import activation_memory
 from dsv3.plan.counts import (
     ParameterCounts,
     count_parameters,
@@ -151,6 +152,7 @@ def examine(subject: Subject, *, context: int | None) -> dict[str, Any]:
             for dtype in ("float32", "bfloat16")
             for memory in [training_memory(subject.run, dtype=dtype)]
         }
+        findings["activation_bytes"] = _activations(subject.run)
         findings["schedule"] = schedule(subject.run)
         findings["settings"] = to_dict(subject.run)
     else:
@@ -189,6 +191,16 @@ def schedule(config: PretrainConfig) -> dict[str, Any]:
             training_flops_per_token(config.model, sequence_length=batch.sequence_length)
             + mtp_training_flops_per_token(config.model, sequence_length=batch.sequence_length)
         ),
+    }
+
+
+def _activations(config: PretrainConfig) -> dict[str, Any]:
+    kept = activation_memory(config)
+    tokens = config.batch.micro_batch_sequences * config.batch.sequence_length
+    return asdict(kept) | {
+        "per_token": kept.per_token,
+        "micro_batch_tokens": tokens,
+        "of_micro_batch": tokens * kept.per_token + kept.per_pass,
     }
 
 
@@ -242,6 +254,7 @@ def _show(findings: dict[str, Any], *, what: str) -> None:
     console.print(_cost_table(findings))
     if "schedule" in findings:
         console.print(_memory_table(findings))
+        console.print(_activation_table(findings))
         _show_schedule(findings["schedule"], console=console)
 
 
@@ -301,6 +314,21 @@ def _memory_table(findings: dict[str, Any]) -> Any:
     for name, label in rows.items():
         style = "bold" if name == "on_device" else ""
         table.add_row(label, _size(memory["float32"][name]), _size(memory["bfloat16"][name]), style=style)
+    return table
+
+
+def _activation_table(findings: dict[str, Any]) -> Any:
+    kept, recompute = findings["activation_bytes"], findings["settings"]["recompute"]
+    table = _table("kept from forward to backward pass, FP32 with our CPU kernels", columns=("", "a token"))
+    for name in ("attention", "dense_mlp", "routed_experts", "shared_experts", "routers", "around"):
+        label = "residual stream, norms, head" if name == "around" else name.replace("_", " ")
+        table.add_row(label, f"{kept[name]:,} B")
+    table.add_row("all", f"{kept['per_token']:,} B", style="bold")
+    table.add_row("besides, in each pass: gradients of the head", _size(kept["per_pass"]))
+    table.add_row(f"a micro-batch of {kept['micro_batch_tokens']:,} tokens", _size(kept["of_micro_batch"]))
+    again = [name.replace("_", "-") for name, chosen in recompute.items() if chosen]
+    table.caption = f"made again in the backward pass: {', '.join(again) or 'nothing'} (recompute.*)"
+    table.caption_justify = "left"
     return table
 
 

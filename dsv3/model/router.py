@@ -83,4 +83,5 @@ def expert_is_reachable(biased: Float[Tensor, "token expert"], *, config: ModelC
 
 def _largest(scores: Float[Tensor, "token choice"], *, count: int) -> Int[Tensor, "token kept"]:
     """Return the indices of the `count` largest scores, best first; ties by index, which topk does not promise."""
-    return scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    # A copy, so that the indices not wanted are not kept for the backward pass.
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, :count].contiguous()

@@ -219,7 +219,7 @@ def _step_by_torch(
     slopes = [piece.gradient for piece in pieces]
     adamw(
         [piece.weight for piece in pieces],
-        torch._foreach_mul(slopes, scale) if scale < 1 else slopes,
+        list(torch._foreach_mul(slopes, scale)) if scale < 1 else slopes,
         [first[piece.moments] for piece in pieces],
         [second[piece.moments] for piece in pieces],
         max_exp_avg_sqs=[],

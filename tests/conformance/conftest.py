@@ -13,9 +13,9 @@ import torch
 
 from dsv3.batch import TokenBatch
 from dsv3.config import PretrainConfig
-from dsv3.ops import attention
 from dsv3.model.interfaces import ModelOutput
 from dsv3.model.transformer import Transformer
+from dsv3.ops import attention
 from dsv3.recipes import v3_671b
 from dsv3.train.ema import WeightAverage
 from dsv3.train.optimizer import AdamW

@@ -12,7 +12,8 @@ struct Silu {
 inline Silu silu(Vector gate) {
   const Vector small = exponential(-larger(gate, -gate));  // e^-|gate|: cannot overflow
   const Vector share = 1.0f / (1.0f + small);
-  const Vector sigmoid = gate < 0.0f ? small * share : share;
+  Vector sigmoid = gate < 0.0f ? small * share : share;
+  sigmoid = gate < -87.0f ? Vector{} : sigmoid;  // `small` ends at e^-87, which times a huge gate is no longer 0
   return {sigmoid, gate * sigmoid};
 }
 
