@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -37,8 +38,10 @@ def arguments(description: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def report(claims: list[Claim], *, title: str, json_file: Path | None) -> None:
-    """Print the claims as a table, and write them as JSON if a file is given."""
+def report(
+    claims: list[Claim], *, title: str, json_file: Path | None, details: Mapping[str, object] | None = None
+) -> None:
+    """Print the claims as a table, and write them as JSON if a file is given, with `details` beside them."""
     table = Table(title=title)
     for column in ("claim", "ours", "peer", "peer is", "ratio", "target", "met"):
         table.add_column(column, justify="right" if column in ("ours", "peer", "ratio", "target") else "left")
@@ -52,6 +55,7 @@ def report(claims: list[Claim], *, title: str, json_file: Path | None) -> None:
             "commit": commit(),
             "versions": {name: version(name) for name in ("dsv3", "torch", "numpy")},
             "claims": [asdict(claim) | {"met": claim.met} for claim in claims],
+            **(details or {}),
         }
         json_file.write_text(json.dumps(record, indent=2) + "\n")
 

@@ -1,10 +1,13 @@
 """One matrix product for each expert over rows that are already grouped by expert."""
 
+from itertools import accumulate
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from dsv3.ops import native
 
 
 def grouped_linear(
@@ -33,8 +36,7 @@ class _GroupedLinear(torch.autograd.Function):
         ctx.save_for_backward(rows, weight)
         ctx.rows_per_expert = rows_per_expert
         output = rows.new_empty(rows.shape[0], weight.shape[1])
-        for e, source, target in _slices(rows_per_expert, rows, output):
-            torch.mm(source, weight[e].T, out=target)
+        multiply_rows(rows, weight.transpose(1, 2), output=output, rows_per_expert=rows_per_expert)
         return output
 
     @staticmethod
@@ -45,13 +47,52 @@ class _GroupedLinear(torch.autograd.Function):
         of_rows = of_weight = None
         if ctx.needs_input_grad[0]:
             of_rows = torch.empty_like(rows)
-            for e, source, target in _slices(ctx.rows_per_expert, gradient, of_rows):
-                torch.mm(source, weight[e], out=target)
+            multiply_rows(gradient, weight, output=of_rows, rows_per_expert=ctx.rows_per_expert)
         if ctx.needs_input_grad[1]:
             of_weight = torch.empty_like(weight)
-            for e, gradient_slice, row_slice in _slices(ctx.rows_per_expert, gradient, rows):
-                torch.mm(gradient_slice.T, row_slice, out=of_weight[e])
+            weight_gradients(gradient, rows, output=of_weight, rows_per_expert=ctx.rows_per_expert)
         return of_rows, of_weight, None
+
+
+def multiply_rows(
+    rows: Float[Tensor, "row in"],
+    matrices: Float[Tensor, "expert in out"],
+    *,
+    output: Float[Tensor, "row out"],
+    rows_per_expert: list[int],
+) -> None:
+    """Write `rows @ matrices[e]` into `output`, with the expert e that each row belongs to."""
+    if native.multiplies_faster() and native.usable(rows, output) and _is_dense(rows, output):
+        starts = _starts(rows_per_expert)
+        size, down, across = matrices.stride()
+        num_experts, depth, columns = matrices.shape
+        native.call("grouped_rows", rows, matrices, size, down, across, output, starts, num_experts, columns, depth)
+        return
+    for e, source, target in _slices(rows_per_expert, rows, output):
+        torch.mm(source, matrices[e], out=target)
+
+
+def weight_gradients(
+    slopes: Float[Tensor, "row out"],
+    rows: Float[Tensor, "row in"],
+    *,
+    output: Float[Tensor, "expert out in"],
+    rows_per_expert: list[int],
+) -> None:
+    """Write `slopes_e.T @ rows_e` into `output[e]`, over the rows of each expert e; zeros for an idle one."""
+    if native.multiplies_faster() and native.usable(slopes, rows, output) and _is_dense(slopes, rows, output):
+        native.call("grouped_weights", slopes, rows, output, _starts(rows_per_expert), *output.shape)
+        return
+    for e, slope, row in _slices(rows_per_expert, slopes, rows):
+        torch.mm(slope.T, row, out=output[e])
+
+
+def _is_dense(*tensors: Tensor) -> bool:
+    return all(tensor.is_contiguous() for tensor in tensors)
+
+
+def _starts(rows_per_expert: list[int]) -> Tensor:
+    return torch.tensor([0, *accumulate(rows_per_expert)])
 
 
 def _slices(rows_per_expert: list[int], first: Tensor, second: Tensor) -> list[tuple[int, Tensor, Tensor]]:

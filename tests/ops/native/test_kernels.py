@@ -13,6 +13,7 @@ from dsv3.batch import IGNORE
 from dsv3.ops import cross_entropy, native
 from dsv3.ops.attention import expanded_attention, expanded_attention_plain
 from dsv3.ops.cross_entropy import linear_cross_entropy, token_nll
+from dsv3.ops.grouped_gemm import grouped_linear, grouped_linear_plain
 from dsv3.ops.norm import rms_norm, rms_norm_plain
 from dsv3.ops.permute import copy_to_rows, sum_to_tokens
 from dsv3.ops.rope import Rotation
@@ -223,3 +224,27 @@ def test_results_do_not_depend_on_the_number_of_threads():
         torch.set_num_threads(before)
     for several in results[1:]:
         assert all(torch.equal(one, other) for one, other in zip(results[0], several, strict=True))
+
+
+@settings(max_examples=40)
+@given(
+    rows_per_expert=st.lists(st.integers(0, 130), min_size=1, max_size=5),
+    into=st.integers(1, 70) | st.sampled_from([256, 300, 600]),
+    out=st.integers(1, 70) | st.sampled_from([128, 300]),
+)
+def test_products_of_experts(rows_per_expert, into, out):
+    """Ours by name, since which one is taken hangs on the processor."""
+    rows, weight = numbers(sum(rows_per_expert), into), numbers(len(rows_per_expert), out, into, seed=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "multiplies_faster", lambda: True)
+        compare(
+            lambda x, w: grouped_linear(x, weight=w, rows_per_expert=rows_per_expert),
+            lambda x, w: grouped_linear_plain(x, weight=w, rows_per_expert=rows_per_expert),
+            rows,
+            weight,
+            tolerance=1e-5,
+        )
+        ours = grouped_linear(rows, weight=weight, rows_per_expert=rows_per_expert)
+        patch.setattr(native, "multiplies_faster", lambda: False)
+        theirs = grouped_linear(rows, weight=weight, rows_per_expert=rows_per_expert)
+    assert torch.allclose(ours, theirs, atol=1e-3)
