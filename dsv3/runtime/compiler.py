@@ -17,7 +17,7 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fopenmp", "-
 """OpenMP with the threads torch has; this processor's own instructions; errors of sqrt and exp are not looked up."""
 
 
-def compiled_library(name: str, *, sources: Sequence[Path]) -> Path:
+def compiled_library(name: str, *, sources: Sequence[Path], flags: Sequence[str] = FLAGS) -> Path:
     """Return the shared library made of C++ `sources`, compiled now unless it was before.
 
     Its file name carries a hash of sources, flags, compiler and processor, so a change of any makes another file, and
@@ -27,10 +27,10 @@ def compiled_library(name: str, *, sources: Sequence[Path]) -> Path:
         CompilerError: there is no C++ compiler here, it refuses the sources, or the result cannot be kept.
     """
     compiler = find_compiler()
-    library = cache_folder() / f"{name}-{_fingerprint(sources, compiler=compiler)}.so"
+    library = cache_folder() / f"{name}-{_fingerprint(sources, compiler=compiler, flags=flags)}.so"
     if not library.exists():
         started = time.perf_counter()
-        _compile(sources, compiler=compiler, library=library)
+        _compile(sources, compiler=compiler, flags=flags, library=library)
         seconds = time.perf_counter() - started
         get_logger(__name__).info("compiled the %s kernels with %s in %.0f s (once)", name, compiler.name, seconds)
     return library
@@ -52,12 +52,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv3"
 
 
-def _compile(sources: Sequence[Path], *, compiler: Path, library: Path) -> None:
+def _compile(sources: Sequence[Path], *, compiler: Path, flags: Sequence[str], library: Path) -> None:
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             made = Path(folder) / library.name
-            command = [str(compiler), *FLAGS, "-o", str(made), *(str(source) for source in sources)]
+            command = [str(compiler), *flags, "-o", str(made), *(str(source) for source in sources)]
             run = subprocess.run(command, capture_output=True, text=True, check=False)
             if run.returncode != 0:
                 first = next((line for line in run.stderr.splitlines() if "error" in line), run.stderr.strip()[:200])
@@ -67,8 +67,8 @@ def _compile(sources: Sequence[Path], *, compiler: Path, library: Path) -> None:
         raise CompilerError(f"the compiled kernels cannot be kept in {library.parent}: {error.strerror}") from error
 
 
-def _fingerprint(sources: Sequence[Path], *, compiler: Path) -> str:
-    digest = hashlib.sha256(repr((FLAGS, _version(compiler), _processor())).encode())
+def _fingerprint(sources: Sequence[Path], *, compiler: Path, flags: Sequence[str]) -> str:
+    digest = hashlib.sha256(repr((tuple(flags), _version(compiler), _processor())).encode())
     headers = sorted({header for source in sources for header in source.parent.glob("*.h")})
     for file in [*sources, *headers]:
         digest.update(file.read_bytes())

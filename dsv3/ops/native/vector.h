@@ -10,16 +10,19 @@
 #include <immintrin.h>
 #endif
 
+#if !defined(VECTOR_FLOATS)  // tests set it, to run each width on any machine
 #if defined(__AVX512F__)
-constexpr int WIDTH = 16;  // floats in a vector
-constexpr int TILE_ROWS = 12;
+#define VECTOR_FLOATS 16
 #elif defined(__AVX__)
-constexpr int WIDTH = 8;
-constexpr int TILE_ROWS = 6;  // 12 accumulators, 2 columns of b and one value of a: 15 of 16 registers
+#define VECTOR_FLOATS 8
 #else
-constexpr int WIDTH = 4;
-constexpr int TILE_ROWS = 8;
+#define VECTOR_FLOATS 4
 #endif
+#endif
+
+constexpr int WIDTH = VECTOR_FLOATS;  // floats in a vector
+// Rows of a tile: with 8 floats 12 accumulators, 2 columns of b and one value of a, which is 15 of 16 registers.
+constexpr int TILE_ROWS = WIDTH == 16 ? 12 : WIDTH == 8 ? 6 : 8;
 constexpr int TILE_VECTORS = 2;
 
 typedef float Vector __attribute__((vector_size(WIDTH * 4)));
@@ -33,9 +36,9 @@ static inline Vector all(float value) { return value - Vector{}; }
 
 // The larger of two; b where either is NaN. The compilers will not use the one instruction for it by themselves.
 static inline Vector larger(Vector a, Vector b) {
-#if defined(__AVX512F__)
+#if VECTOR_FLOATS == 16 && defined(__AVX512F__)
   return _mm512_max_ps(a, b);
-#elif defined(__AVX__)
+#elif VECTOR_FLOATS == 8 && defined(__AVX__)
   return _mm256_max_ps(a, b);
 #else
   return a > b ? a : b;

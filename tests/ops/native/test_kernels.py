@@ -3,6 +3,9 @@
 Widths are those of the published model and of small ones, and ragged ones that fill no vector.
 """
 
+import ctypes
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +21,7 @@ from dsv3.ops.norm import rms_norm, rms_norm_plain
 from dsv3.ops.permute import copy_to_rows, sum_to_tokens
 from dsv3.ops.rope import Rotation
 from dsv3.ops.swiglu import swiglu, weighted_swiglu, weighted_swiglu_plain
+from dsv3.runtime.compiler import FLAGS, compiled_library
 
 
 def compare(fast, plain, *inputs: Tensor, tolerance: float = 2e-6) -> None:
@@ -248,3 +252,22 @@ def test_products_of_experts(rows_per_expert, into, out):
         patch.setattr(native, "multiplies_faster", lambda: False)
         theirs = grouped_linear(rows, weight=weight, rows_per_expert=rows_per_expert)
     assert torch.allclose(ours, theirs, atol=1e-3)
+
+
+@pytest.mark.parametrize("floats", [4, 16])
+def test_vectors_of_other_processors(floats, monkeypatch):
+    """The widths of NEON and AVX-512, made of this machine's vectors: the same source with other blocks and tiles."""
+    sources = sorted(Path(native.__file__).parent.glob("*.cpp"))
+    library = compiled_library(
+        f"cpu-{floats}", sources=sources, flags=(*FLAGS, f"-DVECTOR_FLOATS={floats}", "-Wno-psabi")
+    )
+    monkeypatch.setattr(native, "_load", lambda: ctypes.CDLL(str(library)))
+    monkeypatch.setattr(native, "multiplies_faster", lambda: True)
+    test_attention([5, 0, 390, 1, 200], heads=2, nope=32, rope=16, value=32)
+    test_attention([97], heads=2, nope=10, rope=6, value=7)
+    test_rms_norm(17, 77)
+    test_swiglu(33, 13)
+    test_swiglu_at_the_ends_of_float32()
+    test_cross_entropy(monkeypatch, vocab=129, weighted=True)
+    test_copies_and_their_sums(40, 4, 77)
+    test_products_of_experts.hypothesis.inner_test([130, 0, 5, 61], into=300, out=77)
