@@ -15,6 +15,7 @@ from dsv3.model.interfaces import DispatchedTokens, LatentCache, Routing, TokenD
 from dsv3.model.linear import RMSNorm
 from dsv3.model.mla import LatentAttention
 from dsv3.model.moe import FeedForward, MixtureOfExperts
+from dsv3.ops.permute import copy_to_rows
 from dsv3.ops.recompute import made_again
 from dsv3.ops.rope import Rotation
 
@@ -71,6 +72,7 @@ class SentTokens:
     """Between dispatch and combine: what travels to the experts, and what stays for the sum."""
 
     dispatched: DispatchedTokens
+    before_norm: Float[Tensor, "token hidden"]
     normed: Float[Tensor, "token hidden"]
     """What the shared experts read."""
     routing: Routing
@@ -91,11 +93,24 @@ class MoeBlock(Block):
         normed = self.post_attention_layernorm(hidden)
         with made_again((normed, lambda: self.post_attention_layernorm(hidden)), when=recompute.norms):
             routing = self.mlp.gate(normed)
-            return SentTokens(dispatched=through.dispatch(normed, routing=routing), normed=normed, routing=routing)
+            dispatched = through.dispatch(normed, routing=routing)
+        return SentTokens(dispatched=dispatched, before_norm=hidden, normed=normed, routing=routing)
 
     def experts(self, sent: SentTokens, *, recompute: RecomputeConfig = KEEP_ALL) -> Float[Tensor, "row hidden"]:
-        """Run the routed experts held here on what arrived."""
-        return self.mlp.experts(sent.dispatched, recompute=recompute)
+        """Run the routed experts held here on what arrived.
+
+        Copies gathered on this device are gathered again in the backward pass: they are `num_experts_per_tok` times as
+        large as what they are copies of. Not in the report, whose copies come from other devices.
+        """
+        source, origin = sent.dispatched.source, sent.dispatched.origin
+        before, normed = sent.before_norm, None if recompute.norms else sent.normed
+
+        def gather() -> Tensor:
+            tokens = self.post_attention_layernorm(before) if normed is None else normed
+            return copy_to_rows(tokens, source=source, origin=origin)
+
+        with made_again((sent.dispatched.rows, gather), when=sent.dispatched.gathered_here):
+            return self.mlp.experts(sent.dispatched, recompute=recompute)
 
     def combine(
         self,

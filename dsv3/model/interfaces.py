@@ -41,6 +41,8 @@ class DispatchedTokens:
     """Token that each row is a copy of."""
     origin: Int[Tensor, "token chosen"]
     """Row that holds each (token, choice) pair: the inverse of `source`."""
+    gathered_here: bool
+    """Whether `rows` are `tokens[source]` of this device, so that they need not be kept for the backward pass."""
 
 
 @runtime_checkable

@@ -76,6 +76,7 @@ class LocalDispatch:
             gates=routing.gates.flatten()[order],
             source=source,
             origin=origin,
+            gathered_here=True,
         )
 
     def combine(

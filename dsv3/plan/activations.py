@@ -44,7 +44,7 @@ def activation_memory(config: PretrainConfig) -> ActivationMemory:
     modules = model.num_nextn_predict_layers
     layers, experts = model.num_hidden_layers + modules, model.num_moe_layers + modules
     width, chosen = model.moe_intermediate_size, model.num_experts_per_tok
-    copies = chosen * (model.hidden_size + _swiglu(width, recompute=recompute) + 1)  # 1: the gate of each copy
+    copies = chosen * (_swiglu(width, recompute=recompute) + 1)  # 1: the gate; the copy itself is gathered again
     heads = 1 + modules
     return ActivationMemory(
         attention=FLOAT * layers * _attention(model, recompute=recompute),
