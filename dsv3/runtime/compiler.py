@@ -6,7 +6,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,10 +28,8 @@ def compiled_library(name: str, *, sources: Sequence[Path], flags: Sequence[str]
     compiler = find_compiler()
     library = cache_folder() / f"{name}-{_fingerprint(sources, compiler=compiler, flags=flags)}.so"
     if not library.exists():
-        started = time.perf_counter()
+        get_logger(__name__).info("compiling the %s kernels with %s, once: a few seconds", name, compiler.name)
         _compile(sources, compiler=compiler, flags=flags, library=library)
-        seconds = time.perf_counter() - started
-        get_logger(__name__).info("compiled the %s kernels with %s in %.0f s (once)", name, compiler.name, seconds)
     return library
 
 
