@@ -21,7 +21,7 @@ def table(files: list[Path]) -> str:
             missed = "" if claim["met"] else " (missed)"
             lines.append(
                 f"| {claim['name']} | {claim['ours']:.4g} | {claim['peer']:.4g} | {claim['peer_name']} | "
-                f"{claim['ratio']:.2f}{missed} | {claim['target']:g} |"
+                f"{claim['ratio']:.2f}{missed} | {claim['target']:.3g} |"
             )
     return "\n".join([*lines, "", "Measured on " + "; ".join(machines) + ". A ratio above 1 is better than the peer."])
 
