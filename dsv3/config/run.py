@@ -9,6 +9,8 @@ from dsv3.config.model import ModelConfig
 from dsv3.config.training import BatchConfig, MtpLossConfig, OptimConfig, RecomputeConfig
 from dsv3.errors import ConfigError
 
+CPU_KERNELS = ("auto", "native", "torch")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotConfig:
@@ -58,7 +60,7 @@ class RuntimeConfig:
     def __post_init__(self) -> None:
         require_not_negative(self, "seed", "threads")
         require_choice(self, "dtype", choices=("auto", "float32", "bfloat16"))
-        require_choice(self, "cpu_kernels", choices=("auto", "native", "torch"))
+        require_choice(self, "cpu_kernels", choices=CPU_KERNELS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,6 @@
 """The core of attention, without parameters: causal over whole sequences, and absorbed over a latent cache."""
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -79,8 +78,7 @@ class _ExpandedAttention(torch.autograd.Function):
         nope = qk - rope
         output = query.new_empty(tokens, heads, key_value.shape[2] - nope)
         log_sum = query.new_empty(tokens, heads)
-        starts = torch.tensor([0, *accumulate(lengths)])
-        ctx.shape = (starts, len(lengths), heads, nope, rope, output.shape[2], scale)
+        ctx.shape = (native.starts_of(lengths), len(lengths), heads, nope, rope, output.shape[2], scale)
         native.call("attention_forward", *inputs, output, log_sum, *ctx.shape)
         ctx.save_for_backward(*inputs, output, log_sum)
         return output

