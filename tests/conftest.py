@@ -37,6 +37,6 @@ def shared_data() -> Path:
 def default_cpu_kernels() -> Iterator[None]:
     """Let no test choose the kernels of the next."""
     yield
-    from dsv3.ops.native import choose_cpu_kernels  # here, so that shapes are checked in it: see pyproject.toml
+    from dsv3.native import choose_cpu_kernels  # here, so that shapes are checked in it: see pyproject.toml
 
     choose_cpu_kernels("auto")

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsv3.ops import native
+from dsv3 import native
 from dsv3.ops.rope import Rotation, rotate
 
 

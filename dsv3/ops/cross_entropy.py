@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsv3.batch import IGNORE
-from dsv3.ops import native
+from dsv3 import native
 
 CHUNK_ELEMENTS = 1 << 22
 """Logits held at once: 16 MB in FP32."""

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dsv3.ops import native
+from dsv3 import native
 
 
 def grouped_linear(

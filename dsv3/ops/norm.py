@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsv3.ops import native
+from dsv3 import native
 
 
 def rms_norm(

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dsv3.ops import native
+from dsv3 import native
 
 
 def copy_to_rows(

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsv3.ops import native
+from dsv3 import native
 
 
 def swiglu(gate: Float[Tensor, "row width"], *, up: Float[Tensor, "row width"]) -> Float[Tensor, "row width"]:

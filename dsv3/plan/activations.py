@@ -1,6 +1,6 @@
 """Bytes that a forward pass of training leaves for its backward pass, by formula.
 
-They are those of the FP32 path with our CPU kernels (dsv3/ops/native), which is the one that was measured: the plain
+They are those of the FP32 path with our CPU kernels (dsv3/native), which is the one that was measured: the plain
 forms keep more. Not in it: what a pass needs for a moment, such as a chunk of logits.
 """
 

@@ -18,7 +18,7 @@ from dsv3.data.prepare import prepare_corpus
 from dsv3.data.prepared import PreparedCorpus
 from dsv3.errors import NonFiniteError, TrainingError
 from dsv3.model.transformer import Transformer
-from dsv3.ops.native import choose_cpu_kernels
+from dsv3.native import choose_cpu_kernels
 from dsv3.runtime.device import set_threads
 from dsv3.runtime.log import get_logger
 from dsv3.train.event import EventCallback, TrainEvent

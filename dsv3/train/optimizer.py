@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from dsv3.config import OptimConfig
-from dsv3.ops import native
+from dsv3 import native
 
 STRETCH_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Weights stepped together: on a CPU two FP32 scratch moments of 4 MB each, measured best of 64K to 4M elements."""

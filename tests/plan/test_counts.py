@@ -11,7 +11,7 @@ from dsv3 import recipes
 from dsv3.batch import TokenBatch
 from dsv3.config import ModelConfig
 from dsv3.model.transformer import Transformer
-from dsv3.ops.native import choose_cpu_kernels
+from dsv3.native import choose_cpu_kernels
 from dsv3.plan.counts import (
     count_parameters,
     decode_flops_per_token,

@@ -1,7 +1,7 @@
 import pytest
 
 from dsv3.errors import CompilerError
-from dsv3.ops.native import choose_cpu_kernels
+from dsv3.native import choose_cpu_kernels
 from dsv3.runtime.compiler import find_compiler
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsv3.errors import CompilerError, ConfigError
-from dsv3.ops import native
+from dsv3 import native
 
 
 def test_only_real_fp32_tensors_on_the_cpu_are_served():
