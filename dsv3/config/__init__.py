@@ -3,6 +3,7 @@
 from dsv3.config.balance import BalanceConfig
 from dsv3.config.data import DataConfig, SourceConfig
 from dsv3.config.model import ModelConfig, YarnConfig
+from dsv3.config.precision import PrecisionConfig
 from dsv3.config.run import EvaluationConfig, PretrainConfig, RuntimeConfig, SnapshotConfig
 from dsv3.config.training import (
     KEEP_ALL,
@@ -23,6 +24,7 @@ __all__ = [
     "ModelConfig",
     "MtpLossConfig",
     "OptimConfig",
+    "PrecisionConfig",
     "PretrainConfig",
     "RecomputeConfig",
     "RuntimeConfig",

@@ -303,6 +303,8 @@ def _check_heads(values: dict[str, Any]) -> None:
 def _unknown(values: dict[str, Any]) -> list[str]:
     known = {field.name for field in fields(ModelConfig)} | set(ONLY_VALUE) | WITHOUT_EFFECT
     known |= {"model_type", "num_key_value_heads", "head_dim", "qk_head_dim", "rope_parameters", "quantization_config"}
-    return [
-        f"config.json has {name}, which is not known here and was not used" for name in sorted(values.keys() - known)
-    ]
+    unknown = sorted(values.keys() - known)
+    if (values.get("quantization_config") or {}).get("scale_fmt") not in (None, "float"):
+        # Of V3.1: activations are to be scaled by powers of two. Weights are read right without it.
+        unknown.append("quantization_config.scale_fmt")
+    return [f"config.json has {name}, which is not known here and was not used" for name in unknown]

@@ -6,6 +6,7 @@ from dsv3.config.balance import BalanceConfig
 from dsv3.config.check import require_choice, require_not_negative, require_positive
 from dsv3.config.data import DataConfig
 from dsv3.config.model import ModelConfig
+from dsv3.config.precision import PrecisionConfig
 from dsv3.config.training import BatchConfig, MtpLossConfig, OptimConfig, RecomputeConfig
 from dsv3.errors import ConfigError
 
@@ -73,6 +74,7 @@ class PretrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     mtp: MtpLossConfig = field(default_factory=MtpLossConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)

@@ -1,7 +1,7 @@
 """What FP8 training asks of a device, and the plain form that any device can run.
 
 Three implementations: `PlainKernels` here, written as the formulas read; `CpuKernels` (cpu.py); `GpuKernels` (gpu.py).
-`kernels_for` (choose.py) picks by device. Rows of several experts lie end to end; a plain Linear is one group of rows.
+`choose.py: kernels_for` picks by device. Rows of several experts lie end to end; a plain Linear is one group of rows.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dsv3.fp8.e5m6 import PackedE5M6, dequantise_e5m6, quantise_e5m6
 from dsv3.fp8.formats import TILE
 from dsv3.fp8.gemm import Accumulator, multiply
 from dsv3.fp8.quantise import Form, Quantised, dequantise, quantise
@@ -79,6 +80,14 @@ class Kernels(Protocol):
         """Return `slopes_g @ rows_g.T` in FP32 for each group g of rows; zeros for an empty one."""
         ...
 
+    def quantise_e5m6(self, x: Float[Tensor, "row column"]) -> PackedE5M6:
+        """Return a matrix in E5M6."""
+        ...
+
+    def dequantise_e5m6(self, x: PackedE5M6) -> Float[Tensor, "row column"]:
+        """Return the matrix in FP32, exactly."""
+        ...
+
 
 class PlainKernels:
     """FP8 arithmetic in plain PyTorch."""
@@ -128,6 +137,14 @@ class PlainKernels:
         """Multiply group by group."""
         groups = range(len(rows.rows_per_group))
         return torch.stack([multiply(slopes.group(g), rows.group(g), accumulator=accumulator) for g in groups])
+
+    def quantise_e5m6(self, x: Float[Tensor, "row column"]) -> PackedE5M6:
+        """Return a matrix in E5M6."""
+        return quantise_e5m6(x)
+
+    def dequantise_e5m6(self, x: PackedE5M6) -> Float[Tensor, "row column"]:
+        """Return the matrix in FP32, exactly."""
+        return dequantise_e5m6(x)
 
 
 def slice_rows(x: Quantised, *, start: int, count: int) -> Quantised:

@@ -52,7 +52,7 @@ class Quantised:
         return self.values.nbytes + self.scales.nbytes
 
     @property
-    def T(self) -> "Quantised":
+    def T(self) -> "Quantised":  # noqa: N802 (as on a tensor)
         """The transposed matrix, which is the same memory."""
         return Quantised(values=self.values.mT, scales=self.scales.mT, tile=(self.tile[1], self.tile[0]))
 

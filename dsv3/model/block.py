@@ -15,6 +15,7 @@ from dsv3.model.interfaces import DispatchedTokens, LatentCache, Routing, TokenD
 from dsv3.model.linear import RMSNorm
 from dsv3.model.mla import LatentAttention
 from dsv3.model.moe import FeedForward, MixtureOfExperts
+from dsv3.model.precision import ORIGINAL, Precision
 from dsv3.ops.permute import copy_to_rows
 from dsv3.ops.recompute import made_again
 from dsv3.ops.rope import Rotation
@@ -37,11 +38,14 @@ class Block(nn.Module):
         rotation: Rotation,
         cache: LatentCache | None,
         recompute: RecomputeConfig = KEEP_ALL,
+        precision: Precision = ORIGINAL,
     ) -> Float[Tensor, "token hidden"]:
         """Return hidden + MLA(norm(hidden))."""
         normed = self.input_layernorm(hidden)
         with made_again((normed, lambda: self.input_layernorm(hidden)), when=recompute.norms):
-            return hidden + self.self_attn(normed, batch=batch, rotation=rotation, cache=cache, recompute=recompute)
+            return hidden + self.self_attn(
+                normed, batch=batch, rotation=rotation, cache=cache, recompute=recompute, precision=precision
+            )
 
 
 class DenseBlock(Block):
@@ -59,12 +63,15 @@ class DenseBlock(Block):
         rotation: Rotation,
         cache: LatentCache | None,
         recompute: RecomputeConfig = KEEP_ALL,
+        precision: Precision = ORIGINAL,
     ) -> Float[Tensor, "token hidden"]:
         """Return the layer's output."""
-        middle = self.attention(hidden, batch=batch, rotation=rotation, cache=cache, recompute=recompute)
+        middle = self.attention(
+            hidden, batch=batch, rotation=rotation, cache=cache, recompute=recompute, precision=precision
+        )
         normed = self.post_attention_layernorm(middle)
         with made_again((normed, lambda: self.post_attention_layernorm(middle)), when=recompute.norms):
-            return middle + self.mlp(normed, recompute=recompute)
+            return middle + self.mlp(normed, recompute=recompute, precision=precision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +103,9 @@ class MoeBlock(Block):
             dispatched = through.dispatch(normed, routing=routing)
         return SentTokens(dispatched=dispatched, before_norm=hidden, normed=normed, routing=routing)
 
-    def experts(self, sent: SentTokens, *, recompute: RecomputeConfig = KEEP_ALL) -> Float[Tensor, "row hidden"]:
+    def experts(
+        self, sent: SentTokens, *, recompute: RecomputeConfig = KEEP_ALL, precision: Precision = ORIGINAL
+    ) -> Float[Tensor, "row hidden"]:
         """Run the routed experts held here on what arrived.
 
         Copies gathered on this device are gathered again in the backward pass: they are `num_experts_per_tok` times as
@@ -110,7 +119,7 @@ class MoeBlock(Block):
             return copy_to_rows(tokens, source=source, origin=origin)
 
         with made_again((sent.dispatched.rows, gather), when=sent.dispatched.gathered_here):
-            return self.mlp.experts(sent.dispatched, recompute=recompute)
+            return self.mlp.experts(sent.dispatched, recompute=recompute, precision=precision)
 
     def combine(
         self,
@@ -120,13 +129,14 @@ class MoeBlock(Block):
         sent: SentTokens,
         through: TokenDispatch,
         recompute: RecomputeConfig = KEEP_ALL,
+        precision: Precision = ORIGINAL,
     ) -> Float[Tensor, "token hidden"]:
         """Return hidden + routed + shared (eq. 12)."""
         total = hidden + through.combine(outputs, dispatched=sent.dispatched)
         if not self.has_shared_experts:
             return total
         with made_again((sent.normed, lambda: self.post_attention_layernorm(hidden)), when=recompute.norms):
-            return total + self.mlp.shared_experts(sent.normed, recompute=recompute)
+            return total + self.mlp.shared_experts(sent.normed, recompute=recompute, precision=precision)
 
     def forward(
         self,
@@ -137,10 +147,15 @@ class MoeBlock(Block):
         cache: LatentCache | None,
         dispatch: TokenDispatch,
         recompute: RecomputeConfig = KEEP_ALL,
+        precision: Precision = ORIGINAL,
     ) -> tuple[Float[Tensor, "token hidden"], Routing]:
         """Return the layer's output and how its tokens were routed."""
-        middle = self.attention(hidden, batch=batch, rotation=rotation, cache=cache, recompute=recompute)
+        middle = self.attention(
+            hidden, batch=batch, rotation=rotation, cache=cache, recompute=recompute, precision=precision
+        )
         sent = self.dispatch(middle, through=dispatch, recompute=recompute)
-        outputs = self.experts(sent, recompute=recompute)
-        combined = self.combine(outputs, hidden=middle, sent=sent, through=dispatch, recompute=recompute)
+        outputs = self.experts(sent, recompute=recompute, precision=precision)
+        combined = self.combine(
+            outputs, hidden=middle, sent=sent, through=dispatch, recompute=recompute, precision=precision
+        )
         return combined, sent.routing

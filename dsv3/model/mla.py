@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from dsv3.batch import TokenBatch
 from dsv3.config import KEEP_ALL, ModelConfig, RecomputeConfig
+from dsv3.fp8.recipe import AFTER_ATTENTION
 from dsv3.model.interfaces import LatentCache
 from dsv3.model.linear import Linear, RMSNorm
+from dsv3.model.precision import ORIGINAL, Precision
 from dsv3.ops.attention import expanded_attention, latent_attention
 from dsv3.ops.recompute import made_again
 from dsv3.ops.rope import Rotation, rotate, softmax_scale
@@ -51,61 +53,72 @@ class LatentAttention(nn.Module):
         rotation: Rotation,
         cache: LatentCache | None,
         recompute: RecomputeConfig = KEEP_ALL,
+        precision: Precision = ORIGINAL,
     ) -> Float[Tensor, "token hidden"]:
         """Return u = W^O [o_1; ...; o_nh] (eq. 11) for every token; a cache is appended to, then attended to whole."""
-        before_query = self.compress_query(hidden)
-        before_latent, rope_key = self.compress(hidden)
-        query = self.queries(before_query, recompute=recompute)
+        before_query, before_latent, rope_key = self.compress(hidden, precision=precision)
+        query = self.queries(before_query, recompute=recompute, precision=precision)
         latent = self.kv_a_layernorm(before_latent)
         if cache is not None:
             turned = rotate(rope_key[:, None, :], rotation=rotation)[:, 0, :]
             cache.append(latent, rope_key=turned, layer=self.layer, batch=batch)
         if cache is not None and not _nothing_cached_before(batch):
-            return self.o_proj(self.attend_cached(query, batch=batch, rotation=rotation, cache=cache).flatten(1))
+            attended = self.attend_cached(query, batch=batch, rotation=rotation, cache=cache)
+            return precision.products(attended.flatten(1), self.o_proj.weight, site=AFTER_ATTENTION)[0]
 
         with made_again((latent, lambda: self.kv_a_layernorm(before_latent)), when=recompute.norms):
-            key_value = self.keys_and_values(latent)
-        from_latents = [(key_value, lambda: self.keys_and_values(self.kv_a_layernorm(before_latent)))]
+            key_value = self.keys_and_values(latent, precision=precision)
+        from_latents = [
+            (key_value, lambda: self.keys_and_values(self.kv_a_layernorm(before_latent), precision=precision))
+        ]
         if self.config.q_lora_rank is not None:
-            from_latents.append((query, lambda: self.queries(before_query)))
-        with made_again(*from_latents, when=recompute.up_projections):
+            from_latents.append((query, lambda: self.queries(before_query, precision=precision)))
+        kept = made_again(*from_latents, when=recompute.up_projections, outputs=precision.keeps_less)
+        with kept as forget:
             heads = self.attend_expanded(query, key_value=key_value, rope_key=rope_key, batch=batch, rotation=rotation)
-        return self.o_proj(heads.flatten(1))
+            return precision.output_projection(heads, weight=self.o_proj.weight, forget=forget)
 
-    def compress_query(self, hidden: Float[Tensor, "token hidden"]) -> Float[Tensor, "token query_latent"]:
-        """Return c^Q before its norm (eq. 6), or without query compression the hidden state itself."""
-        return hidden if self.config.q_lora_rank is None else self.q_a_proj(hidden)
+    def compress(
+        self, hidden: Float[Tensor, "token hidden"], *, precision: Precision = ORIGINAL
+    ) -> tuple[Float[Tensor, "token query_latent"], Float[Tensor, "token latent"], Float[Tensor, "token rope"]]:
+        """Return c^Q (eq. 6) and c^KV (eq. 1) before their norms, and the shared key k^R before its rotation (eq. 3).
+
+        The norm covers the latent only, never the rope key (report 4.2). Without query compression, c^Q is `hidden`.
+        """
+        down = self.kv_a_proj_with_mqa.weight
+        if self.config.q_lora_rank is None:
+            query, (compressed,) = hidden, precision.products(hidden, down)
+        else:
+            query, compressed = precision.products(hidden, self.q_a_proj.weight, down)
+        latent, rope_key = compressed.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
+        return query, latent, rope_key
 
     def queries(
-        self, compressed: Float[Tensor, "token query_latent"], *, recompute: RecomputeConfig = KEEP_ALL
+        self,
+        compressed: Float[Tensor, "token query_latent"],
+        *,
+        recompute: RecomputeConfig = KEEP_ALL,
+        precision: Precision = ORIGINAL,
     ) -> Float[Tensor, "token head qk"]:
-        """Return every query head from what `compress_query` returned (eq. 7-8).
+        """Return every query head from what `compress` returned first (eq. 7-8).
 
         A head is its part without position, then the part that is yet to be rotated.
         """
         if self.config.q_lora_rank is None:
-            query = self.q_proj(compressed)
+            (query,) = precision.products(compressed, self.q_proj.weight)
         else:
             # The norm over the latent is stated in report 4.2, not in eq. 6.
             latent = self.q_a_layernorm(compressed)
             with made_again((latent, lambda: self.q_a_layernorm(compressed)), when=recompute.norms):
-                query = self.q_b_proj(latent)
+                (query,) = precision.products(latent, self.q_b_proj.weight)
         return query.unflatten(-1, (self.config.num_attention_heads, -1))
 
-    def compress(
-        self, hidden: Float[Tensor, "token hidden"]
-    ) -> tuple[Float[Tensor, "token latent"], Float[Tensor, "token rope"]]:
-        """Return the latent c^KV before its norm (eq. 1) and the shared key k^R before its rotation (eq. 3).
-
-        The norm covers the latent only, never the rope key (report 4.2).
-        """
-        compressed = self.kv_a_proj_with_mqa(hidden)
-        latent, rope_key = compressed.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
-        return latent, rope_key
-
-    def keys_and_values(self, latent: Float[Tensor, "token latent"]) -> Float[Tensor, "token head nope_and_v"]:
+    def keys_and_values(
+        self, latent: Float[Tensor, "token latent"], *, precision: Precision = ORIGINAL
+    ) -> Float[Tensor, "token head nope_and_v"]:
         """Return for every head its key without position, then its value, from the normed latent (eq. 2, 5)."""
-        return self.kv_b_proj(latent).unflatten(-1, (self.config.num_attention_heads, -1))
+        (joined,) = precision.products(latent, self.kv_b_proj.weight)
+        return joined.unflatten(-1, (self.config.num_attention_heads, -1))
 
     def attend_expanded(
         self,
@@ -132,7 +145,7 @@ class LatentAttention(nn.Module):
         """Attend in the absorbed form to everything cached of each sequence, the new tokens included."""
         query_nope, query_rope = query.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1)
         query_rope = rotate(query_rope, rotation=rotation)
-        up = self.kv_b_proj.weight.unflatten(0, (self.config.num_attention_heads, -1))
+        up = self.kv_b_proj.weight.to(query.dtype).unflatten(0, (self.config.num_attention_heads, -1))
         key_up, value_up = up.split([self.config.qk_nope_head_dim, self.config.v_head_dim], dim=1)  # W^UK, W^UV
         query_latent = torch.einsum("thn,hnc->thc", query_nope, key_up)
         outputs = []

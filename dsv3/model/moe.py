@@ -1,16 +1,15 @@
 """DeepSeekMoE (report 2.1.2, eq. 12): shared experts for every token, routed experts for those sent to them."""
 
-from functools import partial
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsv3.config import KEEP_ALL, ModelConfig, RecomputeConfig
+from dsv3.fp8.recipe import EXPERTS_DOWN, EXPERTS_UP
 from dsv3.model.interfaces import DispatchedTokens, Routing
 from dsv3.model.linear import Linear
+from dsv3.model.precision import ORIGINAL, Precision
 from dsv3.model.router import Router
-from dsv3.ops.grouped_gemm import grouped_linear
 from dsv3.ops.permute import copy_to_rows, sum_to_tokens
 from dsv3.ops.recompute import made_again
 from dsv3.ops.swiglu import swiglu, weighted_swiglu
@@ -26,13 +25,38 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(
-        self, x: Float[Tensor, "token hidden"], *, recompute: RecomputeConfig = KEEP_ALL
+        self,
+        x: Float[Tensor, "token hidden"],
+        *,
+        recompute: RecomputeConfig = KEEP_ALL,
+        precision: Precision = ORIGINAL,
     ) -> Float[Tensor, "token hidden"]:
         """Return the network's output for every token."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = precision.products(x, self.gate_proj.weight, self.up_proj.weight)
         active = swiglu(gate, up=up)
         with made_again((active, lambda: swiglu(gate, up=up)), when=recompute.swiglu):
-            return self.down_proj(active)
+            return precision.products(active, self.down_proj.weight)[0]
+
+
+class SharedExperts(FeedForward):
+    """The shared experts, which are one network; an FP8 recipe keeps what their SwiGLU reads in FP8."""
+
+    def forward(
+        self,
+        x: Float[Tensor, "token hidden"],
+        *,
+        recompute: RecomputeConfig = KEEP_ALL,
+        precision: Precision = ORIGINAL,
+    ) -> Float[Tensor, "token hidden"]:
+        """Return their output for every token."""
+        if not precision.keeps_less:
+            return super().forward(x, recompute=recompute, precision=precision)
+        gate, up = precision.products(x, self.gate_proj.weight, self.up_proj.weight)
+        gate_again, up_again = precision.swiglu_input(gate), precision.swiglu_input(up)
+        with made_again((gate, gate_again), (up, up_again)):
+            active = swiglu(gate, up=up)
+        with made_again((active, lambda: swiglu(gate_again(), up=up_again()))):
+            return precision.products(active, self.down_proj.weight)[0]
 
 
 class Experts(nn.Module):
@@ -45,19 +69,27 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
 
     def forward(
-        self, dispatched: DispatchedTokens, *, recompute: RecomputeConfig = KEEP_ALL
+        self,
+        dispatched: DispatchedTokens,
+        *,
+        recompute: RecomputeConfig = KEEP_ALL,
+        precision: Precision = ORIGINAL,
     ) -> Float[Tensor, "row hidden"]:
         """Return each row's expert output, times the row's gate value.
 
         The gate multiplies before the down projection, as in the published training trace: the same sum, and the
         product can be fused into the activation.
         """
-        counts = dispatched.rows_per_expert
-        gate_up = grouped_linear(dispatched.rows, weight=self.gate_up_proj, rows_per_expert=counts)
-        active = weighted_swiglu(gate_up, factors=dispatched.gates)
-        remake = partial(weighted_swiglu, gate_up, factors=dispatched.gates)
-        with made_again((active, remake), when=recompute.swiglu):
-            return grouped_linear(active, weight=self.down_proj, rows_per_expert=counts)
+        counts, gates = dispatched.rows_per_expert, dispatched.gates
+        gate_up = precision.expert_products(
+            dispatched.rows, weight=self.gate_up_proj, rows_per_expert=counts, site=EXPERTS_UP
+        )
+        gate_up_again = precision.swiglu_input(gate_up)
+        with made_again((gate_up, gate_up_again), when=precision.keeps_less):
+            active = weighted_swiglu(gate_up, factors=gates)
+        again = (active, lambda: weighted_swiglu(gate_up_again(), factors=gates))
+        with made_again(again, when=recompute.swiglu or precision.keeps_less):
+            return precision.expert_products(active, weight=self.down_proj, rows_per_expert=counts, site=EXPERTS_DOWN)
 
 
 class LocalDispatch:
@@ -95,4 +127,4 @@ class MixtureOfExperts(nn.Module):
         self.experts = Experts(config)
         if config.n_shared_experts:
             width = config.n_shared_experts * config.moe_intermediate_size
-            self.shared_experts = FeedForward(config.hidden_size, intermediate_size=width)
+            self.shared_experts = SharedExperts(config.hidden_size, intermediate_size=width)

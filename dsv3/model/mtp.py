@@ -16,6 +16,7 @@ from dsv3.config import KEEP_ALL, ModelConfig, RecomputeConfig
 from dsv3.model.block import MoeBlock
 from dsv3.model.interfaces import LatentCache, Routing, TokenDispatch
 from dsv3.model.linear import Linear, RMSNorm
+from dsv3.model.precision import ORIGINAL, Precision
 from dsv3.ops.rope import Rotation
 
 
@@ -41,6 +42,7 @@ class MtpModule(nn.Module):
         cache: LatentCache | None,
         dispatch: TokenDispatch,
         recompute: RecomputeConfig = KEEP_ALL,
+        precision: Precision = ORIGINAL,
     ) -> tuple[Float[Tensor, "token hidden"], Routing]:
         """Return the block's output, before `norm`, and its routing.
 
@@ -51,4 +53,12 @@ class MtpModule(nn.Module):
         if self.config.mtp_concat_order == "hidden_first":
             halves = (halves[1], halves[0])
         joined = self.eh_proj(torch.cat(halves, dim=-1))
-        return self.block(joined, batch=batch, rotation=rotation, cache=cache, dispatch=dispatch, recompute=recompute)
+        return self.block(
+            joined,
+            batch=batch,
+            rotation=rotation,
+            cache=cache,
+            dispatch=dispatch,
+            recompute=recompute,
+            precision=precision,
+        )

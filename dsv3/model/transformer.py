@@ -10,8 +10,9 @@ from dsv3.config import KEEP_ALL, ModelConfig, RecomputeConfig
 from dsv3.model.block import DenseBlock, MoeBlock
 from dsv3.model.interfaces import LatentCache, ModelOutput, MtpOutput, Routing, TokenDispatch
 from dsv3.model.linear import Linear, RMSNorm
-from dsv3.model.moe import LocalDispatch
+from dsv3.model.moe import Experts, LocalDispatch
 from dsv3.model.mtp import MtpModule
+from dsv3.model.precision import ORIGINAL, Precision
 from dsv3.model.router import Router
 from dsv3.ops.rope import Rotation, rope_frequencies, rotation_at
 
@@ -41,12 +42,14 @@ class Transformer(nn.Module):
         cache: LatentCache | None = None,
         dispatch: TokenDispatch | None = None,
         recompute: RecomputeConfig = KEEP_ALL,
+        precision: Precision = ORIGINAL,
         mtp: bool = False,
     ) -> ModelOutput:
         """Return hidden states, after the final norm, and how tokens were routed; with `mtp`, run the MTP modules too.
 
         Without a cache every sequence is read whole. With one, tokens are appended to it and see all that it holds.
-        `recompute` says what a backward pass makes again instead of finding it kept.
+        `recompute` says what a backward pass makes again instead of finding it kept, `precision` in which numbers the
+        products with weights are computed.
         """
         dispatch = dispatch or LocalDispatch()
         rotation = self._rotation(batch)
@@ -55,11 +58,19 @@ class Transformer(nn.Module):
         for block in self.layers:
             if isinstance(block, MoeBlock):
                 hidden, routing = block(
-                    hidden, batch=batch, rotation=rotation, cache=cache, dispatch=dispatch, recompute=recompute
+                    hidden,
+                    batch=batch,
+                    rotation=rotation,
+                    cache=cache,
+                    dispatch=dispatch,
+                    recompute=recompute,
+                    precision=precision,
                 )
                 routings.append(routing)
             else:
-                hidden = block(hidden, batch=batch, rotation=rotation, cache=cache, recompute=recompute)
+                hidden = block(
+                    hidden, batch=batch, rotation=rotation, cache=cache, recompute=recompute, precision=precision
+                )
         normed = self.norm(hidden)
         batches = [batch] * len(routings)
         outputs: list[MtpOutput] = []
@@ -69,7 +80,13 @@ class Transformer(nn.Module):
             for depth in range(len(self.mtp)):
                 state, ahead = state.index_select(0, ahead.not_last), ahead.ahead()
                 output, routing = self.predict_ahead(
-                    state, depth=depth, batch=ahead, cache=cache, dispatch=dispatch, recompute=recompute
+                    state,
+                    depth=depth,
+                    batch=ahead,
+                    cache=cache,
+                    dispatch=dispatch,
+                    recompute=recompute,
+                    precision=precision,
                 )
                 state = output.hidden if self.config.mtp_hidden_source == "post_norm" else output.before_norm
                 outputs.append(output)
@@ -86,6 +103,7 @@ class Transformer(nn.Module):
         cache: LatentCache | None = None,
         dispatch: TokenDispatch | None = None,
         recompute: RecomputeConfig = KEEP_ALL,
+        precision: Precision = ORIGINAL,
     ) -> tuple[MtpOutput, Routing]:
         """Run MTP module `depth` on the state before it and the batch of tokens one further on (`TokenBatch.ahead`)."""
         module = self.mtp[depth]
@@ -98,6 +116,7 @@ class Transformer(nn.Module):
             cache=cache,
             dispatch=dispatch or LocalDispatch(),
             recompute=recompute,
+            precision=precision,
         )
         return MtpOutput(batch=batch, hidden=module.norm(hidden), before_norm=hidden), routing
 
@@ -105,6 +124,20 @@ class Transformer(nn.Module):
         """Return the output head's logits, in at least FP32."""
         logits = self.lm_head(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def weights_in_fp8(self) -> list[tuple[nn.Parameter, int]]:
+        """Return the parameters that FP8 recipes quantise, with how many matrices lie one above the other in each.
+
+        Those of all Linear layers and experts but the output head and eh_proj (report 3.3.1; the released files).
+        """
+        original = {self.lm_head, *(module.eh_proj for module in self.mtp)}
+        found: list[tuple[nn.Parameter, int]] = []
+        for module in self.modules():
+            if isinstance(module, Linear) and module not in original:
+                found.append((module.weight, 1))
+            elif isinstance(module, Experts):
+                found += [(module.gate_up_proj, 2), (module.down_proj, 1)]
+        return found
 
     def routers(self) -> list[Router]:
         """Return the routers in the order of `ModelOutput.routings`: main blocks, then MTP modules."""

@@ -46,7 +46,12 @@ def usable(*tensors: Tensor) -> bool:
         type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
         for tensor in tensors
     )
-    return plain and _choice != "torch" and not torch.compiler.is_compiling() and _load_or_say_why() is not None
+    return plain and choice_allows()
+
+
+def choice_allows() -> bool:
+    """Whether our kernels compute in this process at all."""
+    return _choice != "torch" and not torch.compiler.is_compiling() and _load_or_say_why() is not None
 
 
 @cache

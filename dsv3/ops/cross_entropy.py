@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsv3.batch import IGNORE
 from dsv3 import native
+from dsv3.batch import IGNORE
 
 CHUNK_ELEMENTS = 1 << 22
 """Logits held at once: 16 MB in FP32."""

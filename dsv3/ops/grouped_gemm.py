@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dsv3 import native
+from dsv3.native.products import multiply_rows, weight_gradients
 
 
 def grouped_linear(
@@ -51,46 +51,3 @@ class _GroupedLinear(torch.autograd.Function):
             of_weight = torch.empty_like(weight)
             weight_gradients(gradient, rows, output=of_weight, rows_per_expert=ctx.rows_per_expert)
         return of_rows, of_weight, None
-
-
-def multiply_rows(
-    rows: Float[Tensor, "row in"],
-    matrices: Float[Tensor, "expert in out"],
-    *,
-    output: Float[Tensor, "row out"],
-    rows_per_expert: list[int],
-) -> None:
-    """Write `rows @ matrices[e]` into `output`, with the expert e that each row belongs to."""
-    if native.multiplies_faster() and native.usable(rows, output) and _is_dense(rows, output):
-        starts = native.starts_of(rows_per_expert)
-        size, down, across = matrices.stride()
-        num_experts, depth, columns = matrices.shape
-        native.call("grouped_rows", rows, matrices, size, down, across, output, starts, num_experts, columns, depth)
-        return
-    for e, source, target in _slices(rows_per_expert, rows, output):
-        torch.mm(source, matrices[e], out=target)
-
-
-def weight_gradients(
-    slopes: Float[Tensor, "row out"],
-    rows: Float[Tensor, "row in"],
-    *,
-    output: Float[Tensor, "expert out in"],
-    rows_per_expert: list[int],
-) -> None:
-    """Write `slopes_e.T @ rows_e` into `output[e]`, over the rows of each expert e; zeros for an idle one."""
-    if native.multiplies_faster() and native.usable(slopes, rows, output) and _is_dense(slopes, rows, output):
-        native.call("grouped_weights", slopes, rows, output, native.starts_of(rows_per_expert), *output.shape)
-        return
-    for e, slope, row in _slices(rows_per_expert, slopes, rows):
-        torch.mm(slope.T, row, out=output[e])
-
-
-def _is_dense(*tensors: Tensor) -> bool:
-    return all(tensor.is_contiguous() for tensor in tensors)
-
-
-def _slices(rows_per_expert: list[int], first: Tensor, second: Tensor) -> list[tuple[int, Tensor, Tensor]]:
-    """Return (expert, its rows of the first tensor, its rows of the second). An idle expert has empty slices."""
-    pairs = zip(first.split(rows_per_expert), second.split(rows_per_expert), strict=True)
-    return [(expert, a, b) for expert, (a, b) in enumerate(pairs)]

@@ -96,6 +96,7 @@ _SMALL_BATCHES = "a small model learns more from a token in small batches; the b
 _KEPT = "what one step keeps for its backward pass fits in memory; not making it again is faster"
 
 _OF_A_SMALLER_MODEL = {
+    "precision.recipe": "processors without FP8 only emulate it, which costs time and saves none",
     "recompute.norms": _KEPT,
     "recompute.up_projections": _KEPT,
     "recompute.swiglu": _KEPT,
@@ -145,6 +146,7 @@ _V2_MODEL = {
     "optim.learning_rate.hold_until_tokens": "V2's second step by 0.316, at 90% of the tokens",
     "optim.learning_rate.final": "V2's second step: 0.316 x 0.316 of the peak",
     "batch.multiple_of": "V2's batch sizes are not multiples of 480; the shape of its ramp is unpublished",
+    "precision.recipe": "FP8 training came with V3",
     "balance.method": "V2 balances by three losses (V2 report 2.2.3)",
 }
 
@@ -199,6 +201,7 @@ LEFT_OPEN: dict[str, str] = {
     "optim.epsilon": "the customary value",
     "optim.ema_decay": "the report keeps an average and does not say how long",
     "optim.weight_decay": "published; which parameters it skips is not: one-dimensional ones",
+    "precision.swiglu_cache_power_of_two": "whether scales of this cache are powers of two; the report names three others that are",
     "batch.multiple_of": "the ramp is published by its ends only; ours is linear in tokens, in steps of this many",
 }
 """Settings of which the report leaves the value, or a part of the meaning, open: what was chosen here."""

@@ -8,6 +8,7 @@ from dsv3.config import (
     ModelConfig,
     MtpLossConfig,
     OptimConfig,
+    PrecisionConfig,
     PretrainConfig,
     SnapshotConfig,
 )
@@ -51,6 +52,7 @@ def small() -> PretrainConfig:
             micro_batch_sequences=8,
         ),
         optim=OptimConfig(learning_rate=learning_rate(1e-3, total_tokens=TOTAL_TOKENS, warmup_steps=200)),
+        precision=PrecisionConfig(recipe="original"),
         recompute=KEEP_ALL,
         mtp=MtpLossConfig(switch_tokens=scaled.mtp_switch_tokens),
         balance=BalanceConfig(bias_freeze_tokens=scaled.bias_freeze_tokens),

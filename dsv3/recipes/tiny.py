@@ -9,6 +9,7 @@ from dsv3.config import (
     ModelConfig,
     MtpLossConfig,
     OptimConfig,
+    PrecisionConfig,
     PretrainConfig,
     SnapshotConfig,
 )
@@ -61,6 +62,7 @@ def tiny() -> PretrainConfig:
             learning_rate=learning_rate(3e-3, total_tokens=TOTAL_TOKENS, warmup_steps=50),
             ema_decay=0.995,
         ),
+        precision=PrecisionConfig(recipe="original"),
         recompute=KEEP_ALL,
         mtp=MtpLossConfig(switch_tokens=scaled.mtp_switch_tokens),
         balance=BalanceConfig(bias_update_speed=2e-3, bias_freeze_tokens=scaled.bias_freeze_tokens),

@@ -11,6 +11,7 @@ from dsv3.config import (
     LearningRateConfig,
     ModelConfig,
     OptimConfig,
+    PrecisionConfig,
     PretrainConfig,
 )
 
@@ -52,6 +53,7 @@ def v3_16b() -> PretrainConfig:
                 peak=4.2e-4, first_tokens=total_tokens * 80 // 100, second_tokens=total_tokens * 90 // 100
             )
         ),
+        precision=PrecisionConfig(recipe="original"),
         balance=BalanceConfig(
             method="v2_losses", expert_loss_weight=0.001, device_loss_weight=0.0, communication_loss_weight=0.0
         ),
@@ -93,6 +95,7 @@ def v3_236b() -> PretrainConfig:
                 peak=2.4e-4, first_tokens=total_tokens * 60 // 100, second_tokens=total_tokens * 90 // 100
             )
         ),
+        precision=PrecisionConfig(recipe="original"),
         balance=BalanceConfig(method="v2_losses"),
     )
 

@@ -7,6 +7,7 @@ from dsv3.config import (
     ModelConfig,
     MtpLossConfig,
     OptimConfig,
+    PrecisionConfig,
     PretrainConfig,
 )
 
@@ -72,6 +73,7 @@ def v3_671b() -> PretrainConfig:
             weight_decay=0.1,
             clip_gradient_norm=1.0,
         ),
+        precision=PrecisionConfig(recipe="fp8_v3"),
         mtp=MtpLossConfig(early_weight=0.3, late_weight=0.1, switch_tokens=10_000_000_000_000),
         balance=BalanceConfig(
             method="bias",

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from dsv3.config import OptimConfig
 from dsv3 import native
+from dsv3.config import OptimConfig
 
 STRETCH_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Weights stepped together: on a CPU two FP32 scratch moments of 4 MB each, measured best of 64K to 4M elements."""
@@ -125,6 +125,12 @@ class AdamW:
         self._summed = {}
         for parameter in self.parameters.values():
             parameter.grad = None
+
+    @torch.no_grad()
+    def divide_gradients(self, scale: float) -> None:
+        """Undo a loss scale."""
+        if scale != 1:
+            torch._foreach_mul_(list(self.gradients.values()), 1 / scale)
 
     @torch.no_grad()
     def gradient_norm(self) -> float:

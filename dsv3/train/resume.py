@@ -25,11 +25,25 @@ def new_state(config: PretrainConfig) -> TrainState:
     dtype = choose_dtype(config.runtime.dtype, device=device)
     model = Transformer(config.model)
     model.init_weights(generator=make_generator(config.runtime.seed, stream="weights"))
-    model = model.to(device=device, dtype=dtype)
+    _place(model, device=device, dtype=dtype, in_fp8=config.precision.recipe != "original")
     optimizer = AdamW(model.named_parameters(), config=config.optim)
     decay = config.optim.ema_decay
     average = WeightAverage(optimizer.master, decay=decay) if decay else None
     return TrainState(config=config, model=model, optimizer=optimizer, average=average)
+
+
+@torch.no_grad()
+def _place(model: Transformer, *, device: torch.device, dtype: torch.dtype, in_fp8: bool) -> None:
+    """Move a model to its device and compute type.
+
+    Weights that will be quantised stay in FP32: they are their own masters, nothing computes with them as they are, and
+    their gradients are summed in FP32.
+    """
+    wide = {weight for weight, _ in model.weights_in_fp8()} if in_fp8 else set()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device=device, dtype=torch.float32 if parameter in wide else dtype)
+    for buffer in model.buffers():  # router biases, FP32 always
+        buffer.data = buffer.data.to(device)
 
 
 def write_state(state: TrainState, *, folder: Path, corpus: PreparedCorpus) -> Path:

@@ -1,6 +1,6 @@
 """One optimizer step: the spine of training.
 
-    micro-batches -> forward -> loss -> backward -> clip -> optimizer -> balance update -> weight average
+    quantise weights -> micro-batches -> forward -> loss -> backward -> clip -> optimizer -> balance update -> average
 
 Nothing is changed before loss and gradients have been found finite.
 """
@@ -8,7 +8,8 @@ Nothing is changed before loss and gradients have been found finite.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NoReturn
+from functools import partial
+from typing import NoReturn, Protocol
 
 import torch
 from jaxtyping import Int
@@ -17,6 +18,7 @@ from torch import Tensor
 from dsv3.batch import TokenBatch
 from dsv3.config import PretrainConfig
 from dsv3.errors import NonFiniteError
+from dsv3.model.precision import Fp8Precision, Precision, quantise_weights
 from dsv3.model.transformer import Transformer
 from dsv3.train.balance import max_violation, plain_top_k_counts, update_router_biases
 from dsv3.train.ema import WeightAverage
@@ -78,6 +80,12 @@ class _Passes:
     load: list[Int[Tensor, " expert"]]
 
 
+class _Run(Protocol):
+    """The forward and backward passes of some micro-batches, everything else being settled."""
+
+    def __call__(self, *, batches: Sequence[TokenBatch], loss_scale: float = 1.0) -> _Passes: ...
+
+
 def train_step(state: TrainState, *, batches: Sequence[TokenBatch]) -> StepMetrics:
     """Take one step on a batch, given as micro-batches on the model's device, and change `state` in place.
 
@@ -93,11 +101,11 @@ def train_step(state: TrainState, *, batches: Sequence[TokenBatch]) -> StepMetri
     speed = bias_update_speed(config.balance, tokens=state.tokens)
 
     state.model.train()
-    state.optimizer.forget_gradients()
-    whole = _count_whole_batch(state, batches=batches)
-    passes = _forward_backward(state, batches=batches, whole=whole, mtp_weight=mtp_weight)
-    norm = state.optimizer.gradient_norm()
-    _require_finite(state, passes=passes, norm=norm, batches=batches, whole=whole, mtp_weight=mtp_weight)
+    precision = quantise_weights(state.model.weights_in_fp8(), config=config.precision)  # once, for all micro-batches
+    whole = _count_whole_batch(state, batches=batches, precision=precision)
+    run = partial(_forward_backward, state, whole=whole, mtp_weight=mtp_weight, precision=precision)
+    passes, norm = _passes_in_range(state, run=run, batches=batches, precision=precision)
+    _require_finite(state, passes=passes, norm=norm, batches=batches, run=run)
 
     state.optimizer.step(learning_rate=rate, gradient_norm=norm)
     state.optimizer.forget_gradients()
@@ -123,13 +131,39 @@ def train_step(state: TrainState, *, batches: Sequence[TokenBatch]) -> StepMetri
     )
 
 
+def _passes_in_range(
+    state: TrainState, *, run: _Run, batches: Sequence[TokenBatch], precision: Precision
+) -> tuple[_Passes, float]:
+    """Run all micro-batches; return what they leave and the norm of their gradients, which are no longer scaled.
+
+    A loss scale that throws gradients out of the range of numbers is halved, for this step, until they are in it.
+    """
+    scale = state.config.precision.loss_scale or 1.0
+    if isinstance(precision, Fp8Precision) and not state.config.precision.loss_scale:
+        scale = precision.recipe.loss_scale
+    while True:
+        state.optimizer.forget_gradients()
+        passes = run(batches=batches, loss_scale=scale)
+        state.optimizer.divide_gradients(scale)
+        norm = state.optimizer.gradient_norm()
+        if math.isfinite(norm) or scale <= 1:
+            return passes, norm
+        scale /= 2
+
+
 def _forward_backward(
-    state: TrainState, *, batches: Sequence[TokenBatch], whole: WholeBatch, mtp_weight: float
+    state: TrainState,
+    *,
+    batches: Sequence[TokenBatch],
+    whole: WholeBatch,
+    mtp_weight: float,
+    precision: Precision,
+    loss_scale: float = 1.0,
 ) -> _Passes:
     parts: list[LossParts] = []
     load: list[Tensor] = []
     for batch in batches:
-        output = state.model(batch, mtp=mtp_weight > 0, recompute=state.config.recompute)
+        output = state.model(batch, mtp=mtp_weight > 0, recompute=state.config.recompute, precision=precision)
         loss = pretraining_loss(
             state.model,
             output=output,
@@ -138,7 +172,7 @@ def _forward_backward(
             mtp_weight=mtp_weight,
             balance=state.config.balance,
         )
-        loss.total.backward()
+        (loss.total * loss_scale if loss_scale != 1 else loss.total).backward()
         state.optimizer.accumulate()
         parts.append(_detached(loss))
         here = [routing.load for routing in output.routings]
@@ -146,7 +180,7 @@ def _forward_backward(
     return _Passes(parts=parts, load=load)
 
 
-def _count_whole_batch(state: TrainState, *, batches: Sequence[TokenBatch]) -> WholeBatch:
+def _count_whole_batch(state: TrainState, *, batches: Sequence[TokenBatch], precision: Precision) -> WholeBatch:
     """Count targets and sequences; for 'batch_loss' over several micro-batches, run them once to count experts too.
 
     The frequencies of that loss belong to the whole batch, and are needed before the first gradient.
@@ -157,19 +191,15 @@ def _count_whole_batch(state: TrainState, *, batches: Sequence[TokenBatch]) -> W
     counts: list[Tensor] = []
     with torch.no_grad():
         for batch in batches:
-            here = [plain_top_k_counts(routing) for routing in state.model(batch, mtp=True).routings]
+            here = [
+                plain_top_k_counts(routing) for routing in state.model(batch, mtp=True, precision=precision).routings
+            ]
             counts = [sofar + new for sofar, new in zip(counts, here, strict=True)] if counts else here
     return replace(whole, plain_top_k=counts)
 
 
 def _require_finite(
-    state: TrainState,
-    *,
-    passes: _Passes,
-    norm: float,
-    batches: Sequence[TokenBatch],
-    whole: WholeBatch,
-    mtp_weight: float,
+    state: TrainState, *, passes: _Passes, norm: float, batches: Sequence[TokenBatch], run: _Run
 ) -> None:
     for index, part in enumerate(passes.parts):
         if not math.isfinite(part.total.item()):
@@ -179,7 +209,7 @@ def _require_finite(
     # Which rows? Each micro-batch once more, by itself: the weights are still those that met the fault.
     for index, batch in enumerate(batches):
         state.optimizer.forget_gradients()
-        _forward_backward(state, batches=[batch], whole=whole, mtp_weight=mtp_weight)
+        run(batches=[batch])
         if not math.isfinite(state.optimizer.gradient_norm()):
             gradients = state.optimizer.gradients.items()
             names = [name for name, gradient in gradients if not gradient.isfinite().all()]

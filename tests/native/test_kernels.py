@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsv3.batch import IGNORE
-from dsv3.ops import cross_entropy, native
+from dsv3 import native
+from dsv3.ops import cross_entropy
 from dsv3.ops.attention import expanded_attention, expanded_attention_plain
 from dsv3.ops.cross_entropy import linear_cross_entropy, token_nll
 from dsv3.ops.grouped_gemm import grouped_linear, grouped_linear_plain

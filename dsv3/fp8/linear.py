@@ -1,0 +1,127 @@
+"""Products with weights whose three matrix products run in FP8: Fprop, Dgrad and Wgrad (report 3.3.1).
+
+The weight's own values never enter: it is quantised once a step, by the caller, and its gradient is FP32. Rows of
+several experts lie end to end, each group with its own matrix; an ordinary Linear is one group of rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dsv3.fp8.e5m6 import PackedE5M6
+from dsv3.fp8.kernels import Kernels, OverTokens
+from dsv3.fp8.quantise import Form, Quantised
+from dsv3.fp8.recipe import ANYWHERE, Fp8Recipe, Site, form_at
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Product:
+    """How one input is multiplied with its weights."""
+
+    recipe: Fp8Recipe
+    kernels: Kernels
+    weights: tuple[Quantised, ...]
+    """group x out x in, one for each product of the same input."""
+    rows_per_group: tuple[int, ...]
+    site: Site = ANYWHERE
+    input_is_kept: bool = False
+    """Whether the input is there again in the backward pass whatever we do: then it is quantised again, not kept."""
+    packed_input: PackedE5M6 | None = None
+    """The input in E5M6, kept for another reader: Wgrad then reads that."""
+
+    @property
+    def activation(self) -> Form:
+        """Form of the input in Fprop."""
+        return form_at(self.recipe.activation, rounded=self.site.round_activation, recipe=self.recipe)
+
+    @property
+    def activation_over_tokens(self) -> Form:
+        """Form of the input in Wgrad."""
+        return form_at(self.recipe.activation_over_tokens, rounded=self.site.round_activation, recipe=self.recipe)
+
+    @property
+    def gradient(self) -> Form:
+        """Form of the output's gradient in Dgrad."""
+        return form_at(self.recipe.gradient, rounded=self.site.round_gradient, recipe=self.recipe)
+
+    @property
+    def gradient_over_tokens(self) -> Form:
+        """Form of the output's gradient in Wgrad."""
+        return form_at(self.recipe.gradient_over_tokens, rounded=self.site.round_gradient, recipe=self.recipe)
+
+
+def fp8_products(
+    x: Float[Tensor, "row in"], *, parameters: Sequence[Tensor], product: Fp8Product
+) -> tuple[Float[Tensor, "row _"], ...]:
+    """Return x times each weight, in the type of x; x is quantised once for all of them.
+
+    `parameters` are what the weights were quantised from: they receive FP32 gradients, in their own shape and type.
+    """
+    return _Fp8Products.apply(x, product, *parameters)
+
+
+class _Fp8Products(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, product: Fp8Product, *parameters: Tensor) -> tuple[Tensor, ...]:
+        rows = product.kernels.quantise(x, form=product.activation)
+        ctx.product, ctx.shapes = product, [(parameter.shape, parameter.dtype) for parameter in parameters]
+        if product.packed_input is not None:
+            ctx.save_for_backward(product.packed_input.packed, product.packed_input.scales)
+        elif product.input_is_kept:
+            ctx.save_for_backward(x)
+        else:
+            ctx.save_for_backward(rows.values, rows.scales)
+            ctx.tile = rows.tile
+        return tuple(
+            product.kernels.multiply(
+                rows,
+                weight=weight,
+                rows_per_group=product.rows_per_group,
+                accumulator=product.recipe.accumulator,
+            ).to(x.dtype)
+            for weight in product.weights
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        product: Fp8Product = ctx.product
+        kernels = product.kernels
+        common = {"rows_per_group": product.rows_per_group}
+        of_x: Tensor | None = None
+        if ctx.needs_input_grad[0]:
+            for gradient, weight in zip(gradients, product.weights, strict=True):
+                slope = kernels.quantise(gradient, form=product.gradient)
+                part = kernels.multiply(slope, weight=weight.T, accumulator=product.recipe.accumulator, **common)
+                of_x = part if of_x is None else of_x.add_(part)
+            assert of_x is not None
+            of_x = of_x.to(gradients[0].dtype)
+        of_parameters: list[Tensor | None] = [None] * len(product.weights)
+        if any(ctx.needs_input_grad[2:]):
+            rows = _input_over_tokens(ctx, product)
+            for index, (gradient, (shape, dtype)) in enumerate(zip(gradients, ctx.shapes, strict=True)):
+                slopes = kernels.quantise_over_tokens(gradient, form=product.gradient_over_tokens, **common)
+                of_weight = kernels.weight_gradients(slopes, rows=rows, accumulator=product.recipe.accumulator)
+                of_parameters[index] = of_weight.view(shape).to(dtype)
+        return of_x, None, *of_parameters
+
+
+def _input_over_tokens(ctx: Any, product: Fp8Product) -> OverTokens:
+    """Return the input as Wgrad reads it, from whatever was kept of it."""
+    kernels, form, groups = product.kernels, product.activation_over_tokens, product.rows_per_group
+    if product.packed_input is not None:
+        packed, scales = ctx.saved_tensors
+        kept = PackedE5M6(packed=packed, scales=scales, columns=product.packed_input.columns)
+        return kernels.quantise_over_tokens(kernels.dequantise_e5m6(kept), form=form, rows_per_group=groups)
+    if product.input_is_kept:
+        (x,) = ctx.saved_tensors
+        rows = kernels.quantise(x, form=product.activation)
+    else:
+        values, scales = ctx.saved_tensors
+        rows = Quantised(values=values, scales=scales, tile=ctx.tile)
+    return kernels.requantise_over_tokens(rows, form=form, rows_per_group=groups)

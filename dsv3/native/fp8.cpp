@@ -1,0 +1,352 @@
+// FP32 to FP8 and E5M6 with a scale for each tile, and back (dsv3/fp8 has the plain forms; every bit is the same).
+//
+// Tiles are of two kinds: those that share one scale (1 x 128, 128 x 128), and columns of up to 128 rows, where
+// neighbours in a vector have scales of their own. Processors without FP8 do all of it on the bits of FP32.
+#include <algorithm>
+
+#include "vector.h"
+
+namespace {
+
+typedef uint8_t Bytes __attribute__((vector_size(WIDTH)));
+typedef uint8_t BytesInMemory __attribute__((vector_size(WIDTH), aligned(1), may_alias));
+
+constexpr int32_t INFINITE = 0x7F800000;
+constexpr float SMALLEST_SCALE = 7.888609052210118e-31f;  // 2^-100
+constexpr int64_t COLUMN_BLOCK = 64;                      // columns that are quantised together, tile by tile
+
+inline IntVector bits_of(Vector x) { return reinterpret_cast<IntVector>(x); }
+inline Vector float_of(IntVector x) { return reinterpret_cast<Vector>(x); }
+inline IntVector all_bits(int32_t value) { return value - IntVector{}; }
+inline IntVector larger_bits(IntVector a, IntVector b) { return a > b ? a : b; }
+
+// A format of one byte: its mantissa bits and exponent bias, and where its codes stop being numbers.
+struct E4M3 {
+  static constexpr int MANTISSA = 3, BIAS = 7, NOT_A_NUMBER = 0x7F, INFINITY_CODE = 0x80;
+  static constexpr float LARGEST = 448.0f;
+};
+struct E5M2 {
+  static constexpr int MANTISSA = 2, BIAS = 15, NOT_A_NUMBER = 0x7F, INFINITY_CODE = 0x7C;
+  static constexpr float LARGEST = 57344.0f;
+};
+// FP16 without its lowest four bits; 12 bits, so it has no byte functions.
+struct E5M6 {
+  static constexpr int MANTISSA = 6, BIAS = 15, NOT_A_NUMBER = 0x7E0, INFINITY_CODE = 0x7C0;
+  static constexpr float LARGEST = 65024.0f;
+};
+
+// The code of each number without its sign; they are at most the largest of the format, or NaN. Ties go to even.
+template <class F>
+inline IntVector encode_magnitude(IntVector magnitude) {
+  constexpr int DROPPED = 23 - F::MANTISSA;
+  const IntVector rounded = magnitude + ((1 << (DROPPED - 1)) - 1) + ((magnitude >> DROPPED) & 1);
+  const IntVector normal = (rounded >> DROPPED) - ((127 - F::BIAS) << F::MANTISSA);
+  // Below the normal numbers steps are equal: adding 2^23 of them rounds to a whole number of steps.
+  const Vector steps = all(__builtin_ldexpf(1.0f, 23 + 1 - F::BIAS - F::MANTISSA));
+  const IntVector subnormal = bits_of(float_of(magnitude) + steps) - bits_of(steps);
+  const IntVector code = magnitude < ((128 - F::BIAS) << 23) ? subnormal : normal;
+  return magnitude > INFINITE ? all_bits(F::NOT_A_NUMBER) : code;
+}
+
+template <class F>
+inline Vector decode_magnitude(IntVector code) {
+  constexpr int DROPPED = 23 - F::MANTISSA;
+  const IntVector normal = (code << DROPPED) + ((127 - F::BIAS) << 23);
+  const Vector subnormal = __builtin_convertvector(code, Vector) * __builtin_ldexpf(1.0f, 1 - F::BIAS - F::MANTISSA);
+  IntVector value = code < (1 << F::MANTISSA) ? bits_of(subnormal) : normal;
+  if constexpr (F::INFINITY_CODE < 0x80 || F::MANTISSA > 3) {
+    value = code == F::INFINITY_CODE ? all_bits(INFINITE) : value;
+    return float_of(code > F::INFINITY_CODE ? all_bits(0x7FC00000) : value);
+  }
+  return float_of(code == F::NOT_A_NUMBER ? all_bits(0x7FC00000) : value);
+}
+
+template <class F>
+inline Bytes encode(Vector x) {
+  const IntVector bits = bits_of(x);
+  const IntVector code = encode_magnitude<F>(bits & 0x7FFFFFFF) | ((bits >> 24) & 0x80);
+  return __builtin_convertvector(code, Bytes);
+}
+
+template <class F>
+inline Vector decode(Bytes bytes) {
+  const IntVector code = __builtin_convertvector(bytes, IntVector);
+  const IntVector sign = (code & 0x80) << 24;
+  return float_of(bits_of(decode_magnitude<F>(code & 0x7F)) | sign);
+}
+
+// largest / LARGEST, rounded up to 20 significant bits or to a power of two; NaN and infinity stay what they are.
+template <class F>
+inline Vector scale_for(IntVector largest, bool power_of_two) {
+  const Vector exact = float_of(largest) / F::LARGEST;
+  const int32_t low = power_of_two ? 0x7FFFFF : 0xF;
+  const Vector rounded = float_of((bits_of(exact) + low) & ~low);
+  const IntVector finite = bits_of(exact) < all_bits(INFINITE);
+  return finite ? (rounded < SMALLEST_SCALE ? all(SMALLEST_SCALE) : rounded) : exact;
+}
+
+inline Vector load_some(const float* from, int64_t count) {
+  if (count >= WIDTH) return load(from);
+  float lanes[WIDTH] = {};
+  std::memcpy(lanes, from, count * sizeof(float));
+  return load(lanes);
+}
+inline void store_some(float* to, Vector value, int64_t count) {
+  if (count >= WIDTH) return store(to, value);
+  float lanes[WIDTH];
+  store(lanes, value);
+  std::memcpy(to, lanes, count * sizeof(float));
+}
+inline Bytes load_some(const uint8_t* from, int64_t count) {
+  if (count >= WIDTH) return *reinterpret_cast<const BytesInMemory*>(from);
+  uint8_t lanes[WIDTH] = {};
+  std::memcpy(lanes, from, count);
+  return *reinterpret_cast<const BytesInMemory*>(lanes);
+}
+inline void store_some(uint8_t* to, Bytes value, int64_t count) {
+  if (count >= WIDTH) {
+    *reinterpret_cast<BytesInMemory*>(to) = value;
+    return;
+  }
+  std::memcpy(to, &value, count);
+}
+
+inline IntVector largest_in(const float* x, int64_t x_row, int64_t rows, int64_t columns) {
+  IntVector most{};
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t c = 0; c < columns; c += WIDTH)
+      most = larger_bits(most, bits_of(load_some(x + row * x_row + c, columns - c)) & 0x7FFFFFFF);
+  int32_t all_of_it = 0;
+  for (int lane = 0; lane < WIDTH; ++lane) all_of_it = std::max(all_of_it, most[lane]);
+  return all_bits(all_of_it);
+}
+
+// Where tile number `index` of `matrices` lies; tiles go across, then down, then from matrix to matrix.
+struct Tile {
+  int64_t first, rows, columns;  // its first element, and how much of it is inside the matrix
+  Tile(int64_t index, int64_t matrix_rows, int64_t matrix_columns, int64_t x_row, int64_t height, int64_t width) {
+    const int64_t across = (matrix_columns + width - 1) / width, down = (matrix_rows + height - 1) / height;
+    const int64_t column = index % across * width, row = index / across % down * height;
+    first = (index / across / down * matrix_rows + row) * x_row + column;
+    rows = std::min(height, matrix_rows - row);
+    columns = std::min(width, matrix_columns - column);
+  }
+};
+
+inline int64_t tiles_in(int64_t matrices, int64_t rows, int64_t columns, int64_t height, int64_t width) {
+  return matrices * ((rows + height - 1) / height) * ((columns + width - 1) / width);
+}
+
+template <class F>
+void quantise_tiles(const float* x, int64_t x_row, int64_t matrices, int64_t rows, int64_t columns, int64_t height,
+                    int64_t width, bool power_of_two, uint8_t* values, float* scales) {
+  const int64_t tiles = tiles_in(matrices, rows, columns, height, width);
+#pragma omp parallel for schedule(static)
+  for (int64_t index = 0; index < tiles; ++index) {
+    const Tile from(index, rows, columns, x_row, height, width), to(index, rows, columns, columns, height, width);
+    const Vector scale = scale_for<F>(largest_in(x + from.first, x_row, from.rows, from.columns), power_of_two);
+    scales[index] = scale[0];
+    for (int64_t row = 0; row < from.rows; ++row)
+      for (int64_t c = 0; c < from.columns; c += WIDTH)
+        store_some(values + to.first + row * columns + c,
+                   encode<F>(load_some(x + from.first + row * x_row + c, from.columns - c) / scale), from.columns - c);
+  }
+}
+
+template <class F>
+void dequantise_tiles(const uint8_t* values, int64_t matrices, int64_t rows, int64_t columns, int64_t height,
+                      int64_t width, const float* scales, float* output) {
+  const int64_t tiles = tiles_in(matrices, rows, columns, height, width);
+#pragma omp parallel for schedule(static)
+  for (int64_t index = 0; index < tiles; ++index) {
+    const Tile tile(index, rows, columns, columns, height, width);
+    for (int64_t row = 0; row < tile.rows; ++row)
+      for (int64_t c = 0; c < tile.columns; c += WIDTH) {
+        const int64_t at = tile.first + row * columns + c;
+        store_some(output + at, decode<F>(load_some(values + at, tile.columns - c)) * scales[index], tile.columns - c);
+      }
+  }
+}
+
+// Quantise up to COLUMN_BLOCK columns of one tile of rows; `x` is where its first number lies.
+template <class F>
+void quantise_columns_of_tile(const float* x, int64_t x_row, int64_t rows, int64_t columns, int64_t width,
+                              bool power_of_two, uint8_t* values, float* scales) {
+  for (int64_t c = 0; c < columns; c += WIDTH) {
+    const int64_t count = columns - c;
+    IntVector most{};
+    for (int64_t row = 0; row < rows; ++row)
+      most = larger_bits(most, bits_of(load_some(x + row * x_row + c, count)) & 0x7FFFFFFF);
+    const Vector scale = scale_for<F>(most, power_of_two);
+    store_some(scales + c, scale, count);
+    for (int64_t row = 0; row < rows; ++row)
+      store_some(values + row * width + c, encode<F>(load_some(x + row * x_row + c, count) / scale), count);
+  }
+}
+
+template <class F>
+void quantise_columns(const float* x, int64_t x_row, int64_t columns, const int64_t* starts, int64_t tiles,
+                      bool power_of_two, uint8_t* values, float* scales) {
+  const int64_t blocks = (columns + COLUMN_BLOCK - 1) / COLUMN_BLOCK;
+#pragma omp parallel for schedule(static)
+  for (int64_t index = 0; index < tiles * blocks; ++index) {
+    const int64_t tile = index / blocks, column = index % blocks * COLUMN_BLOCK, first = starts[tile];
+    quantise_columns_of_tile<F>(x + first * x_row + column, x_row, starts[tile + 1] - first,
+                                std::min(COLUMN_BLOCK, columns - column), columns, power_of_two,
+                                values + first * columns + column, scales + tile * columns + column);
+  }
+}
+
+// From 1 x `width` tiles to columns, by way of FP32 that never leaves the cache.
+template <class F>
+void requantise_columns(const uint8_t* kept, const float* kept_scales, int64_t width, int64_t columns,
+                        const int64_t* starts, int64_t tiles, bool power_of_two, uint8_t* values, float* scales) {
+  const int64_t blocks = (columns + COLUMN_BLOCK - 1) / COLUMN_BLOCK, across = (columns + width - 1) / width;
+#pragma omp parallel
+  {
+    std::vector<float> wide;
+#pragma omp for schedule(static)
+    for (int64_t index = 0; index < tiles * blocks; ++index) {
+      const int64_t tile = index / blocks, column = index % blocks * COLUMN_BLOCK, first = starts[tile];
+      const int64_t rows = starts[tile + 1] - first, count = std::min(COLUMN_BLOCK, columns - column);
+      wide.resize(rows * COLUMN_BLOCK);
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t c = 0; c < count; c += WIDTH) {
+          // `width` is a multiple of WIDTH, so a vector has one scale.
+          const float scale = kept_scales[(first + row) * across + (column + c) / width];
+          const Bytes bytes = load_some(kept + (first + row) * columns + column + c, count - c);
+          store(&wide[row * COLUMN_BLOCK + c], decode<F>(bytes) * scale);
+        }
+      quantise_columns_of_tile<F>(wide.data(), COLUMN_BLOCK, rows, count, columns, power_of_two,
+                                  values + first * columns + column, scales + tile * columns + column);
+    }
+  }
+}
+
+template <class F>
+void dequantise_columns(const uint8_t* values, int64_t columns, const int64_t* starts, int64_t tiles,
+                        const float* scales, float* output) {
+#pragma omp parallel for schedule(static)
+  for (int64_t tile = 0; tile < tiles; ++tile)
+    for (int64_t row = starts[tile]; row < starts[tile + 1]; ++row)
+      for (int64_t c = 0; c < columns; c += WIDTH) {
+        const int64_t at = row * columns + c, count = columns - c;
+        store_some(output + at, decode<F>(load_some(values + at, count)) * load_some(scales + tile * columns + c, count),
+                   count);
+      }
+}
+
+// A column of tiles of a product whose sum is cut to its highest bits after every CHAIN products.
+template <int ROWS>
+void truncating_rows(int64_t rows, const float* a, int64_t a_row, const float* b, int64_t b_k, float* c, int64_t c_row,
+                     int64_t columns, int64_t depth, int64_t chain, int32_t kept_bits) {
+  if constexpr (ROWS > 1) {
+    if (rows < ROWS)
+      return truncating_rows<ROWS - 1>(rows, a, a_row, b, b_k, c, c_row, columns, depth, chain, kept_bits);
+  }
+  for (int64_t column = 0; column < columns; column += WIDTH) {
+    Vector total[ROWS] = {};
+    for (int64_t start = 0; start < depth; start += chain) {
+      Vector part[ROWS] = {};
+      const int64_t end = std::min(start + chain, depth);
+      for (int64_t k = start; k < end; ++k) {
+        const Vector other = load(b + k * b_k + column);
+#pragma GCC unroll 16
+        for (int row = 0; row < ROWS; ++row) part[row] += a[row * a_row + k] * other;
+      }
+#pragma GCC unroll 16
+      for (int row = 0; row < ROWS; ++row) total[row] = float_of(bits_of(total[row] + part[row]) & kept_bits);
+    }
+    for (int row = 0; row < ROWS; ++row) store_some(c + row * c_row + column, total[row], columns - column);
+  }
+}
+
+}  // namespace
+
+// `two` chooses E5M2; matrices lie end to end, rows of x `x_row` apart, values without gaps.
+extern "C" void fp8_quantise_tiles(const float* x, int64_t x_row, int64_t matrices, int64_t rows, int64_t columns,
+                                   int64_t height, int64_t width, int64_t power_of_two, int64_t two, uint8_t* values,
+                                   float* scales) {
+  const auto run = two ? quantise_tiles<E5M2> : quantise_tiles<E4M3>;
+  run(x, x_row, matrices, rows, columns, height, width, power_of_two, values, scales);
+}
+
+extern "C" void fp8_dequantise_tiles(const uint8_t* values, int64_t matrices, int64_t rows, int64_t columns,
+                                     int64_t height, int64_t width, int64_t two, const float* scales, float* output) {
+  const auto run = two ? dequantise_tiles<E5M2> : dequantise_tiles<E4M3>;
+  run(values, matrices, rows, columns, height, width, scales, output);
+}
+
+// Tile t has rows starts[t] to starts[t + 1]; values are row by row as x, scales are tile x column.
+extern "C" void fp8_quantise_columns(const float* x, int64_t x_row, int64_t columns, const int64_t* starts,
+                                     int64_t tiles, int64_t power_of_two, int64_t two, uint8_t* values, float* scales) {
+  const auto run = two ? quantise_columns<E5M2> : quantise_columns<E4M3>;
+  run(x, x_row, columns, starts, tiles, power_of_two, values, scales);
+}
+
+extern "C" void fp8_requantise_columns(const uint8_t* kept, const float* kept_scales, int64_t width, int64_t columns,
+                                       const int64_t* starts, int64_t tiles, int64_t power_of_two, uint8_t* values,
+                                       float* scales) {
+  requantise_columns<E4M3>(kept, kept_scales, width, columns, starts, tiles, power_of_two, values, scales);
+}
+
+extern "C" void fp8_dequantise_columns(const uint8_t* values, int64_t columns, const int64_t* starts, int64_t tiles,
+                                       int64_t two, const float* scales, float* output) {
+  const auto run = two ? dequantise_columns<E5M2> : dequantise_columns<E4M3>;
+  run(values, columns, starts, tiles, scales, output);
+}
+
+// Two numbers of 12 bits lie in three bytes; an odd row ends with a zero that nobody reads.
+extern "C" void e5m6_quantise(const float* x, int64_t x_row, int64_t rows, int64_t columns, int64_t width,
+                              uint8_t* packed, float* scales) {
+  const int64_t across = (columns + width - 1) / width, bytes = (columns + 1) / 2 * 3;
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < rows; ++row) {
+    uint8_t* to = packed + row * bytes;
+    for (int64_t tile = 0; tile < across; ++tile) {
+      const int64_t first = tile * width, count = std::min(width, columns - first);
+      const float* from = x + row * x_row + first;
+      const Vector scale = scale_for<E5M6>(largest_in(from, 0, 1, count), true);
+      scales[row * across + tile] = scale[0];
+      for (int64_t c = 0; c < count; c += WIDTH) {
+        const IntVector bits = bits_of(load_some(from + c, count - c) / scale);
+        const IntVector code = encode_magnitude<E5M6>(bits & 0x7FFFFFFF) | ((bits >> 20) & 0x800);
+        for (int64_t lane = 0; lane < std::min<int64_t>(WIDTH, count - c); lane += 2, to += 3) {
+          const int32_t one = code[lane], other = c + lane + 1 < count ? code[lane + 1] : 0;
+          to[0] = one & 0xFF, to[1] = one >> 8 | (other & 0xF) << 4, to[2] = other >> 4;
+        }
+      }
+    }
+  }
+}
+
+extern "C" void e5m6_dequantise(const uint8_t* packed, int64_t rows, int64_t columns, int64_t width,
+                                const float* scales, float* output) {
+  const int64_t across = (columns + width - 1) / width, bytes = (columns + 1) / 2 * 3;
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < rows; ++row) {
+    const uint8_t* from = packed + row * bytes;
+    for (int64_t c = 0; c < columns; c += WIDTH) {
+      IntVector code{};
+      for (int64_t lane = 0; lane < std::min<int64_t>(WIDTH, columns - c); lane += 2, from += 3) {
+        code[lane] = from[0] | (from[1] & 0xF) << 8;
+        code[lane + 1] = from[1] >> 4 | from[2] << 4;
+      }
+      const IntVector sign = (code & 0x800) << 20;
+      const Vector value = float_of(bits_of(decode_magnitude<E5M6>(code & 0x7FF)) | sign);
+      store_some(output + row * columns + c, value * scales[row * across + c / width], columns - c);
+    }
+  }
+}
+
+// c = a @ b with the sum cut to `bits` significant bits each time `chain` products have been added to it (dsv3/fp8/gemm.py).
+// Rows of b are `b_k` apart and hold at least round_up(columns, WIDTH) numbers.
+extern "C" void truncating_product(const float* a, int64_t a_row, const float* b, int64_t b_k, float* c, int64_t rows,
+                                   int64_t columns, int64_t depth, int64_t chain, int64_t bits) {
+  const int32_t kept_bits = ~((1 << (24 - bits)) - 1);
+  constexpr int ROWS = 4;
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < rows; row += ROWS)
+    truncating_rows<ROWS>(std::min<int64_t>(ROWS, rows - row), a + row * a_row, a_row, b, b_k, c + row * columns, columns,
+                          columns, depth, chain, kept_bits);
+}
