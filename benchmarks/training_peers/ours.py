@@ -14,6 +14,7 @@ from dsv3.config import (
     LearningRateConfig,
     MtpLossConfig,
     OptimConfig,
+    PrecisionConfig,
     PretrainConfig,
 )
 from dsv3.train.resume import new_state
@@ -55,6 +56,7 @@ def same_work(size: Size) -> PretrainConfig:
             clip_gradient_norm=CLIP_GRADIENT_NORM,
             ema_decay=0.0,
         ),
+        precision=PrecisionConfig(recipe="original"),
         recompute=KEEP_ALL,
         balance=BalanceConfig(method="none"),
     )

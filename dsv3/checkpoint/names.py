@@ -12,7 +12,8 @@
     mtp.0.norm.weight                         model.layers.61.shared_head.norm.weight
     (embed_tokens.weight, lm_head.weight)     model.layers.61.embed_tokens.weight, .shared_head.head.weight: copies
 
-In FP8 every matrix of a layer but the router's and eh_proj has a second tensor beside it, `.weight_scale_inv`.
+In FP8 every matrix of a layer but the router's and eh_proj is stored in E4M3, with a second tensor beside it,
+`.weight_scale_inv`: in FP32, one number for each block of 128 x 128, and despite its name the one to multiply by.
 Source: the published README_WEIGHTS and the names in the released files.
 """
 
@@ -22,7 +23,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dsv3.config import ModelConfig
-from dsv3.fp8.blocks import blocks_of
+from dsv3.config.published import Fp8Blocks
+from dsv3.fp8.quantise import tiles_of
+
+BLOCK = Fp8Blocks().block
+"""Rows and columns that share a multiplier in what is published."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,13 +78,19 @@ def published_shapes(config: ModelConfig, *, quantized: bool = False) -> dict[st
     for tensor in published_layout(config):
         shapes[tensor.name] = tensor.shape
         if quantized and tensor.in_fp8:
-            shapes[scale_name(tensor.name)] = blocks_of(tensor.shape)
+            shapes[scale_name(tensor.name)] = scale_shape(tensor.shape)
     return shapes
 
 
 def scale_name(name: str) -> str:
     """Return the name of the multipliers that belong to an FP8 weight."""
     return f"{name}_scale_inv"
+
+
+def scale_shape(shape: tuple[int, ...], *, block: tuple[int, int] = BLOCK) -> tuple[int, int]:
+    """Return the shape of the multipliers of an FP8 weight. The last block of a side may be cut off, never padded."""
+    rows, columns = shape
+    return tiles_of(rows, columns, tile=block)
 
 
 def _mtp_module(config: ModelConfig, *, depth: int) -> Iterator[PublishedTensor]:

@@ -9,11 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dsv3.checkpoint.names import PublishedTensor
+from dsv3.checkpoint.names import BLOCK, PublishedTensor
 from dsv3.checkpoint.reader import PublishedReader, is_published_folder
-from dsv3.checkpoint.writer import write_published
+from dsv3.checkpoint.writer import FP8, write_published
 from dsv3.config.files import read_json
 from dsv3.errors import CheckpointError
+from dsv3.fp8.quantise import Quantised
 from dsv3.model.transformer import Transformer
 from dsv3.runtime.log import get_logger
 
@@ -66,10 +67,12 @@ def save_published(
 
     The folder appears whole or not at all. An earlier export there is replaced; a folder with anything else in it is
     refused unless `overwrite`. A model with `mtp_concat_order = 'hidden_first'` is written in the published order:
-    the halves of eh_proj are exchanged, which changes nothing that it computes.
+    the halves of eh_proj are exchanged, which changes nothing that it computes. With torch.float8_e4m3fn the files are
+    in the released FP8 format: matrices of layers in E4M3 blocks, all else in BF16.
 
     Raises:
-        CheckpointError: the folder is in use, cannot be written, or the disk is full.
+        CheckpointError: the folder is in use, cannot be written, or the disk is full; or a weight that is to be
+            rounded to FP8 has NaN or infinity in it.
     """
     state = model.state_dict()
     write_published(
@@ -93,11 +96,14 @@ def convert_published(
 ) -> None:
     """Write the published folder `source` again as `folder`: in another type, complete in its config.json.
 
-    No model is made and at most one shard is in memory, so a checkpoint larger than memory can be converted; FP8
-    becomes `dtype`. Tokenizer files and generation settings come along.
+    No model is made and at most one shard is in memory, so a checkpoint larger than memory can be converted. FP8
+    becomes `dtype`; where that is FP8 too and the blocks are those of 128 x 128, the bytes are passed on as they are
+    (a NaN among them too), and multipliers in a narrower type than FP32 are widened. Tokenizer files and generation
+    settings come along.
 
     Raises:
-        CheckpointError: `source` cannot be read, or `folder` cannot be written.
+        CheckpointError: `source` cannot be read, or `folder` cannot be written; or a weight that is to be rounded to
+            FP8 has NaN or infinity in it.
     """
     if folder.resolve() == source.resolve():
         raise CheckpointError(f"{source} cannot be converted onto itself; give another folder")
@@ -110,13 +116,25 @@ def convert_published(
         folder,
         config=reader.config,
         # A copy that the source has left out, or has let drift, is written from the tensor it repeats.
-        read=lambda tensor: reader.read(main[tensor.source] if tensor.is_copy else tensor),
+        read=lambda tensor: _value_for(dtype, reader=reader, tensor=main[tensor.source] if tensor.is_copy else tensor),
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         tokenizer_folder=source if (source / "tokenizer.json").is_file() else None,
         generation_config=read_json(generation) if generation.is_file() else None,
         overwrite=overwrite,
     )
+
+
+def _value_for(dtype: torch.dtype, *, reader: PublishedReader, tensor: PublishedTensor) -> Tensor | Quantised:
+    """Return a tensor as it is best written in `dtype`: in FP8 where it is so already and is to be so again.
+
+    Multipliers of other programs have more bits than ours, so that quantising anew could move a value.
+    """
+    if dtype == FP8 and tensor.in_fp8 and reader.is_fp8(tensor):
+        quantised = reader.read_fp8(tensor)
+        if quantised.tile == BLOCK:
+            return quantised
+    return reader.read(tensor)
 
 
 def _published_value(tensor: PublishedTensor, *, ours: Tensor) -> Tensor:

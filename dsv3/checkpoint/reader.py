@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dsv3.checkpoint.names import PublishedTensor, published_layout, scale_name
+from dsv3.checkpoint.names import PublishedTensor, published_layout, scale_name, scale_shape
 from dsv3.config import ModelConfig
 from dsv3.config.files import read_json
 from dsv3.config.published import Fp8Blocks, model_config_from_published, quantisation_from_published
 from dsv3.errors import CheckpointError, ConfigError
-from dsv3.fp8.blocks import blocks_of, dequantise_blocks
+from dsv3.fp8.quantise import Quantised, dequantise
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -63,17 +62,20 @@ class PublishedReader:
 
     def read(self, tensor: PublishedTensor) -> Tensor:
         """Return the tensor as it is stored, on the CPU; one stored in FP8 in FP32, times its block multipliers."""
-        stored = self.stored(tensor.name)
-        if stored.dtype != torch.float8_e4m3fn:
-            return stored
-        return self._dequantise(stored, name=tensor.name)
+        return dequantise(self.read_fp8(tensor)) if self.is_fp8(tensor) else self.stored(tensor.name)
+
+    def is_fp8(self, tensor: PublishedTensor) -> bool:
+        """Whether the tensor is stored in FP8, with multipliers beside it."""
+        return self._type_of(tensor.name) == FP8_TYPE
+
+    def read_fp8(self, tensor: PublishedTensor) -> Quantised:
+        """Return a tensor that is stored in FP8: its bytes as they are, and its multipliers in FP32, which is exact."""
+        scales = self.stored(scale_name(tensor.name)).to(torch.float32)
+        return Quantised(values=self.stored(tensor.name), scales=scales, tile=self._blocks.block)
 
     def stored(self, name: str) -> Tensor:
         """Return the tensor without touching its bytes; they are read from the file when they are used."""
         return self._handles[name].get_tensor(name)
-
-    def _dequantise(self, stored: Float[Tensor, "row column"], *, name: str) -> Float[Tensor, "row column"]:
-        return dequantise_blocks(stored, scale_inv=self.stored(scale_name(name)), block=self._blocks.block)
 
     def _adopt_absent_mtp(self) -> None:
         """Take the model as one without MTP where config.json has modules and the files have nothing of them.
@@ -123,7 +125,7 @@ class PublishedReader:
         scale = scale_name(name)
         if len(shape) != 2 or scale not in self._handles:
             return [f"{name} is stored in FP8 without {scale}"]
-        blocks = blocks_of(shape, block=self._blocks.block)
+        blocks = scale_shape(shape, block=self._blocks.block)
         if self._shape_of(scale) != blocks:
             return [f"{scale} has shape {list(self._shape_of(scale))} instead of {list(blocks)}"]
         scale_kind = self._type_of(scale)

@@ -16,11 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dsv3.checkpoint.names import PublishedTensor, published_layout
+from dsv3.checkpoint.names import BLOCK, PublishedTensor, published_layout, scale_name, scale_shape
 from dsv3.checkpoint.reader import INDEX_FILE
 from dsv3.config import ModelConfig
 from dsv3.config.published import notes_for_peers, published_from_model_config
 from dsv3.errors import CheckpointError, ConfigError, TokenizerError
+from dsv3.fp8.quantise import BLOCKS, Quantised, quantise
 from dsv3.runtime.atomic import force_to_disk
 from dsv3.runtime.log import get_logger
 
@@ -32,7 +33,8 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FP8 = torch.float8_e4m3fn
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, FP8)
 DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -40,7 +42,7 @@ def write_published(
     folder: Path,
     *,
     config: ModelConfig,
-    read: Callable[[PublishedTensor], Tensor],
+    read: Callable[[PublishedTensor], Tensor | Quantised],
     dtype: torch.dtype,
     max_shard_bytes: int,
     tokenizer_folder: Path | None,
@@ -49,11 +51,15 @@ def write_published(
 ) -> None:
     """Write the model whose tensors `read` returns, as `folder`.
 
-    Weights are cast to `dtype`; router biases stay in FP32, as in the released files. A folder that an earlier call
-    wrote is replaced; any other that has something in it is refused, unless `overwrite`.
+    Weights are cast to `dtype`; router biases stay in FP32, as in the released files. With torch.float8_e4m3fn the
+    files are as the released ones: matrices of layers in FP8 with multipliers in FP32 beside them, all else in BF16.
+    What `read` returns in FP8 already is written byte for byte. A folder that an earlier call wrote is replaced; any
+    other that has something in it is refused, unless `overwrite`.
 
     Raises:
-        CheckpointError: the folder is in use, cannot be written, or the disk is full.
+        CheckpointError: the folder is in use, cannot be written, or the disk is full; or a weight that is to be
+            rounded to FP8 has NaN or infinity in it. Nothing in FP8 could stand for one value of that kind: its whole
+            block would become NaN.
         ConfigError: a dtype that weights are not published in.
         TokenizerError: `tokenizer_folder` has no tokenizer.json.
     """
@@ -67,11 +73,14 @@ def write_published(
         get_logger(__name__).warning("%s", note)
     partial = folder.with_name(f".{folder.name}.partial")
     layout = published_layout(config)
+    if dtype == FP8:
+        _warn_of_cut_blocks(layout)
     try:
         _make_empty(partial)
         _require_space(partial, needed=sum(_num_bytes(tensor, dtype=dtype) for tensor in layout))
         _write_weights(partial, layout=layout, read=read, dtype=dtype, max_shard_bytes=max_shard_bytes)
-        published = published_from_model_config(config, dtype=str(dtype).removeprefix("torch."))
+        most = str(torch.bfloat16 if dtype == FP8 else dtype).removeprefix("torch.")
+        published = published_from_model_config(config, dtype=most, quantized=dtype == FP8)
         _write_json(partial / "config.json", values=published)
         tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
         _write_json(partial / "generation_config.json", values=generation_config or tokens)
@@ -87,7 +96,10 @@ def write_published(
 def shards_of(
     layout: Sequence[PublishedTensor], *, dtype: torch.dtype, max_shard_bytes: int
 ) -> list[list[PublishedTensor]]:
-    """Return the tensors of each shard, in order, none over the limit but for a tensor that is so by itself."""
+    """Return the tensors of each shard, in order, none over the limit but for a tensor that is so by itself.
+
+    The multipliers of an FP8 weight are counted with it and lie in the same shard.
+    """
     shards: list[list[PublishedTensor]] = [[]]
     room = max_shard_bytes
     for tensor in layout:
@@ -104,7 +116,7 @@ def _write_weights(
     folder: Path,
     *,
     layout: Sequence[PublishedTensor],
-    read: Callable[[PublishedTensor], Tensor],
+    read: Callable[[PublishedTensor], Tensor | Quantised],
     dtype: torch.dtype,
     max_shard_bytes: int,
 ) -> None:
@@ -112,33 +124,72 @@ def _write_weights(
     placed: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(folder / name, shard=shard, read=read, dtype=dtype)
-        placed |= dict.fromkeys((tensor.name for tensor in shard), name)
+        tensors: dict[str, Tensor] = {}
+        for tensor in shard:
+            tensors |= _to_store(read(tensor), tensor=tensor, dtype=dtype)
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        placed |= dict.fromkeys(tensors, name)
     total = sum(_num_bytes(tensor, dtype=dtype) for tensor in layout)
     index = {"metadata": {"total_size": total, "producer": PRODUCER}, "weight_map": dict(sorted(placed.items()))}
     _write_json(folder / INDEX_FILE, values=index)
 
 
-def _write_shard(
-    path: Path, *, shard: Sequence[PublishedTensor], read: Callable[[PublishedTensor], Tensor], dtype: torch.dtype
-) -> None:
-    tensors = {tensor.name: _to_store(read(tensor), tensor=tensor, dtype=dtype) for tensor in shard}
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def _to_store(value: Tensor, *, tensor: PublishedTensor, dtype: torch.dtype) -> Tensor:
+def _to_store(value: Tensor | Quantised, *, tensor: PublishedTensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return what the file holds of a tensor: itself, or in FP8 itself and its multipliers."""
+    kind = _stored_type(tensor, dtype=dtype)
+    if kind == FP8:
+        quantised = value if isinstance(value, Quantised) else _quantise(value, name=tensor.name)
+        assert (tuple(quantised.values.shape), quantised.tile) == (tensor.shape, BLOCK), tensor.name
+        return {tensor.name: quantised.values.contiguous(), scale_name(tensor.name): quantised.scales.contiguous()}
+    assert isinstance(value, Tensor)
     assert tuple(value.shape) == tensor.shape, tensor.name
-    stored = value.detach().to("cpu", _stored_type(tensor, dtype=dtype)).contiguous()
+    stored = value.detach().to("cpu", kind).contiguous()
     # Within a file no two tensors may share memory, and a copy shares that of what it repeats.
-    return stored.clone() if tensor.is_copy and stored.data_ptr() == value.data_ptr() else stored
+    shares = tensor.is_copy and stored.data_ptr() == value.data_ptr()
+    return {tensor.name: stored.clone() if shares else stored}
+
+
+def _quantise(value: Tensor, *, name: str) -> Quantised:
+    quantised = quantise(value.detach().to("cpu"), form=BLOCKS)
+    if not quantised.scales.isfinite().all():
+        raise CheckpointError(
+            f"{name} was not written in FP8: {int((~value.isfinite()).sum()):,} of its values are NaN or infinite, and "
+            "each would make its whole block of 128 x 128 NaN. Look for the step at which training broke, or write "
+            "bf16, which keeps them as they are"
+        )
+    return quantised
+
+
+def _warn_of_cut_blocks(layout: Sequence[PublishedTensor]) -> None:
+    """Say which matrices transformers 5.23 misreads: it divides a matrix by the number of its multipliers, evenly.
+
+    The released checkpoint has such matrices too, of 576 rows.
+    """
+    cut = [
+        tensor
+        for tensor in layout
+        if tensor.in_fp8 and any(side > most and side % most for side, most in zip(tensor.shape, BLOCK, strict=True))
+    ]
+    if cut:
+        get_logger(__name__).warning(
+            "where transformers dequantises FP8 weights, as it does without a GPU, it takes all blocks of a matrix to "
+            "be of one size, and would refuse or misread %s of this model, such as %s of %s; write bf16 for it",
+            f"{len(cut):,} matrices",
+            cut[0].name,
+            list(cut[0].shape),
+        )
 
 
 def _stored_type(tensor: PublishedTensor, *, dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if tensor.stays_float32 else dtype
+    if tensor.stays_float32:
+        return torch.float32
+    return torch.bfloat16 if dtype == FP8 and not tensor.in_fp8 else dtype
 
 
 def _num_bytes(tensor: PublishedTensor, *, dtype: torch.dtype) -> int:
-    return torch.Size(tensor.shape).numel() * _stored_type(tensor, dtype=dtype).itemsize
+    kind = _stored_type(tensor, dtype=dtype)
+    multipliers = torch.Size(scale_shape(tensor.shape)).numel() if kind == FP8 else 0
+    return torch.Size(tensor.shape).numel() * kind.itemsize + multipliers * torch.float32.itemsize
 
 
 def _copy_tokenizer(source: Path, *, target: Path) -> None:

@@ -8,7 +8,7 @@ import typer
 
 from dsv3.errors import ConfigError
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp8": "float8_e4m3fn"}
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -23,7 +23,9 @@ def convert(
         typer.Argument(metavar="SOURCE", help="A run folder, an export, or published weights (BF16, FP32 or FP8)."),
     ],
     destination: Annotated[Path, typer.Argument(metavar="DESTINATION", help="The folder to write.")],
-    dtype: Annotated[str, typer.Option(help="Type of the written weights: bf16 or fp32.")] = "bf16",
+    dtype: Annotated[
+        str, typer.Option(help="Type of the written weights: bf16, fp32 or fp8, the released format.")
+    ] = "bf16",
     max_shard_size: Annotated[str, typer.Option(help="Size of one weight file, as 5GB or 500MB.")] = "5GB",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace DESTINATION even if something else is in it.")
@@ -32,7 +34,9 @@ def convert(
     """Write a model in the published format, which transformers, serving engines and dsv3 itself read.
 
     Of a run, the finished export is taken, else the newest snapshot. Weights saved by transformers or released in FP8
-    come out complete: dequantised, and with the fields in config.json that other programs need.
+    come out complete: with the fields in config.json that other programs need. FP8 is E4M3 with a multiplier for each
+    block of 128 x 128, for the matrices of layers; embedding, head, norms and routers stay in BF16. What is stored so
+    already keeps its bytes.
     """
     type_name = parse_dtype(dtype)
     max_shard_bytes = parse_size(max_shard_size)
@@ -72,10 +76,8 @@ def parse_dtype(text: str) -> str:
     Raises:
         ConfigError: another type.
     """
-    if text.lower() in ("fp8", "float8", "float8_e4m3fn"):
-        raise ConfigError("--dtype fp8: FP8 weights can be read but not yet written; use bf16 or fp32")
     if text not in DTYPES and text not in DTYPES.values():
-        raise ConfigError(f"--dtype {text}: weights are written in bf16 or fp32")
+        raise ConfigError(f"--dtype {text}: weights are written in bf16, fp32 or fp8")
     return DTYPES.get(text, text)
 
 

@@ -302,7 +302,10 @@ def _cost_table(findings: dict[str, Any]) -> Any:
 
 def _memory_table(findings: dict[str, Any]) -> Any:
     memory = findings["training_memory_bytes"]
-    table = _table("training memory, without activations", columns=("", "FP32", "BF16"))
+    recipe = findings["settings"]["precision"]["recipe"]
+    columns = ("", "FP32", "BF16") if recipe == "original" else ("", "FP8 and FP32", "FP8 and BF16")
+    table = _table("training memory, without activations", columns=columns)
+    table.caption = f"precision.recipe={recipe}"
     rows = {
         "weights": "weights",
         "master": "FP32 master weights",
@@ -319,7 +322,9 @@ def _memory_table(findings: dict[str, Any]) -> Any:
 
 def _activation_table(findings: dict[str, Any]) -> Any:
     kept, recompute = findings["activation_bytes"], findings["settings"]["recompute"]
-    table = _table("kept from forward to backward pass, FP32 with our CPU kernels", columns=("", "a token"))
+    recipe = findings["settings"]["precision"]["recipe"]
+    number = "FP32" if recipe == "original" else f"{recipe} and FP32"
+    table = _table(f"kept from forward to backward pass, {number} with our CPU kernels", columns=("", "a token"))
     for name in ("attention", "dense_mlp", "routed_experts", "shared_experts", "routers", "around"):
         label = "residual stream, norms, head" if name == "around" else name.replace("_", " ")
         table.add_row(label, f"{kept[name]:,} B")

@@ -6,7 +6,7 @@ Three implementations: `PlainKernels` here, written as the formulas read; `CpuKe
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -44,6 +44,7 @@ class OverTokens:
         )
 
 
+@runtime_checkable
 class Kernels(Protocol):
     """One implementation of FP8 arithmetic. All agree on every quantised bit, and on products but for FP32 rounding."""
 

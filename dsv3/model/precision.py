@@ -7,7 +7,7 @@ stay in the original precision (report 3.3.1).
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from dsv3.ops.grouped_gemm import grouped_linear
 from dsv3.ops.recompute import Forget, is_made_again
 
 
+@runtime_checkable
 class Precision(Protocol):
     """How products with weights are computed, and in how many bits two activations wait for the backward pass."""
 
@@ -194,6 +195,8 @@ def quantise_weight(weight: Float[Tensor, "*group out in"], *, parts: int, form:
     quantised = kernels_for(weight.device).quantise(split, form=form)
     height, width = quantised.tile
     scales = quantised.scales
-    if size % height:  # A part ends within a tile, so one number for each tile no longer says which rows it has.
+    if (
+        parts > 1 and size % height
+    ):  # A part ends within a tile, so one number for each tile no longer says which rows it has.
         scales, height = scales.repeat_interleave(height, dim=-2)[..., :size, :], 1
     return Quantised(values=quantised.values.flatten(1, 2), scales=scales.flatten(1, 2), tile=(height, width))

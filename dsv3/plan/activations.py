@@ -1,7 +1,8 @@
 """Bytes that a forward pass of training leaves for its backward pass, by formula.
 
-They are those of the FP32 path with our CPU kernels (dsv3/native), which is the one that was measured: the plain
-forms keep more. Not in it: what a pass needs for a moment, such as a chunk of logits.
+They are those of the CPU path with our kernels (dsv3/native), which is the one that was measured: FP32, and FP8 where
+the recipe of precision has it. The plain forms keep more. Not in it: what a pass needs for a moment, such as a chunk
+of logits.
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from dsv3.config import ModelConfig, PretrainConfig, RecomputeConfig
 FLOAT = 4
 INDEX = 8
 """Bytes of an FP32 number and of an index."""
+TILE = 128
+"""Numbers in FP8 or E5M6 that share an FP32 scale."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,48 +39,87 @@ class ActivationMemory:
 
 
 def activation_memory(config: PretrainConfig) -> ActivationMemory:
-    """Return what one forward pass with all losses keeps under `config.recompute`, in FP32.
+    """Return what one forward pass with all losses keeps under `config.recompute` and `config.precision`.
 
-    Source: what each function of dsv3/ops saves; report 3.2.3 for what need not be.
+    Source: what each function of dsv3/ops and dsv3/fp8 saves; report 3.2.3 for what need not be, 3.3.3 for what is
+    kept in fewer bits.
     """
     model, recompute = config.model, config.recompute
+    kept = _Kept(recipe=config.precision.recipe)
     modules = model.num_nextn_predict_layers
     layers, experts = model.num_hidden_layers + modules, model.num_moe_layers + modules
     width, chosen = model.moe_intermediate_size, model.num_experts_per_tok
-    copies = chosen * (_swiglu(width, recompute=recompute) + 1)  # 1: the gate; the copy itself is gathered again
+    shared = model.n_shared_experts * width
     heads = 1 + modules
+    dense = 2 * FLOAT * model.intermediate_size
+    dense += 0 if recompute.swiglu else kept.input(model.intermediate_size)
+    # A copy of a token is gathered again; its gate is kept.
+    copy = kept.swiglu_input(2 * width) + kept.swiglu_output(width, recompute=recompute) + FLOAT
     return ActivationMemory(
-        attention=FLOAT * layers * _attention(model, recompute=recompute),
-        dense_mlp=FLOAT
-        * (model.num_hidden_layers - model.num_moe_layers)
-        * _swiglu(model.intermediate_size, recompute=recompute),
-        routed_experts=FLOAT * experts * copies,
-        shared_experts=FLOAT * experts * _swiglu(model.n_shared_experts * width, recompute=recompute),
+        attention=layers * _attention(model, recompute=recompute, kept=kept),
+        dense_mlp=(model.num_hidden_layers - model.num_moe_layers) * dense,
+        routed_experts=experts * chosen * copy,
+        shared_experts=experts * (2 * kept.swiglu_input(shared) + kept.swiglu_output(shared, recompute=recompute)),
         routers=experts * _router(model),
-        around=FLOAT * _around(model, recompute=recompute) + INDEX * (3 + 4 * modules),
+        around=_around(model, recompute=recompute, kept=kept) + INDEX * (3 + 4 * modules),
         per_pass=FLOAT * heads * model.vocab_size * model.hidden_size,
     )
 
 
-def _attention(model: ModelConfig, *, recompute: RecomputeConfig) -> int:
-    """Return numbers that the attention of one layer keeps for one token, without its norm."""
+@dataclass(frozen=True, kw_only=True)
+class _Kept:
+    """Bytes of one row of a tensor, by what it is kept for, under a recipe of precision."""
+
+    recipe: str
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.recipe != "original"
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether the recipe has the report's two narrow caches."""
+        return self.is_fp8 and self.recipe != "fp8_per_tensor"
+
+    def input(self, width: int) -> int:
+        """Of the input of a product, for Wgrad."""
+        if not self.is_fp8:
+            return FLOAT * width
+        return width + (0 if self.recipe == "fp8_per_tensor" else self._scales(width))
+
+    def swiglu_input(self, width: int) -> int:
+        """Of an input of the experts' SwiGLU."""
+        return width + self._scales(width) if self.is_narrow else FLOAT * width
+
+    def swiglu_output(self, width: int, *, recompute: RecomputeConfig) -> int:
+        """Of its output, which is the input of the down projection."""
+        return 0 if recompute.swiglu or self.is_narrow else self.input(width)
+
+    def attention_output(self, width: int) -> int:
+        """Of what attention puts out, for its own backward pass and for o_proj's Wgrad."""
+        if self.is_narrow:
+            return (width + 1) // 2 * 3 + self._scales(width)
+        return FLOAT * width + (self.input(width) if self.is_fp8 else 0)
+
+    @staticmethod
+    def _scales(width: int) -> int:
+        return FLOAT * -(-width // TILE)
+
+
+def _attention(model: ModelConfig, *, recompute: RecomputeConfig, kept: _Kept) -> int:
+    """Return bytes that the attention of one layer keeps for one token, without the norm before it."""
     heads = model.num_attention_heads
     down_query = model.q_lora_rank or 0
-    kept = down_query + model.kv_lora_rank + 2 * model.qk_rope_head_dim  # the rope key once more, without its latent
-    kept += heads * model.v_head_dim + heads  # outputs, and the logarithm of each softmax's sum
-    kept += 2 if down_query else 1  # scales of the norms
-    if not recompute.norms:
-        kept += down_query + model.kv_lora_rank
+    numbers = down_query + model.kv_lora_rank + 2 * model.qk_rope_head_dim  # the rope key once more, without its latent
+    numbers += heads + (2 if down_query else 1)  # the logarithm of each softmax's sum; scales of the norms
     if not (recompute.up_projections and down_query):
-        kept += heads * model.qk_head_dim
+        numbers += heads * model.qk_head_dim
     if not recompute.up_projections:
-        kept += heads * (model.qk_nope_head_dim + model.v_head_dim)
-    return kept
-
-
-def _swiglu(width: int, *, recompute: RecomputeConfig) -> int:
-    """Return numbers that one SwiGLU network keeps for one row: gate, up and their product."""
-    return (2 if recompute.swiglu else 3) * width
+        numbers += heads * (model.qk_nope_head_dim + model.v_head_dim)
+    latents = 0
+    if not recompute.norms:
+        latents = kept.input(model.kv_lora_rank) + (kept.input(down_query) if down_query else 0)
+    return FLOAT * numbers + latents + kept.attention_output(heads * model.v_head_dim)
 
 
 def _router(model: ModelConfig) -> int:
@@ -87,12 +129,24 @@ def _router(model: ModelConfig) -> int:
     return FLOAT * scores + INDEX * 4 * chosen
 
 
-def _around(model: ModelConfig, *, recompute: RecomputeConfig) -> int:
-    """Return numbers of the residual stream, its norms, the angles, and the two ends of the model."""
+def _around(model: ModelConfig, *, recompute: RecomputeConfig, kept: _Kept) -> int:
+    """Return bytes of the residual stream, its norms, the angles, and the two ends of the model."""
     hidden, modules = model.hidden_size, model.num_nextn_predict_layers
-    norm = hidden + 1 if recompute.norms else 2 * hidden + 1
     layers = model.num_hidden_layers + modules
+    norms = layers * 2 * FLOAT * (hidden + 1)
+    if not recompute.norms:
+        norms += layers * _normed_for_attention(model, kept=kept)
+        norms += (model.num_hidden_layers - model.num_moe_layers) * kept.input(hidden)
+        # The router reads it in FP32, the shared experts in their own precision.
+        shared = kept.input(hidden) if kept.is_fp8 and model.n_shared_experts else 0
+        norms += (model.num_moe_layers + modules) * (FLOAT * hidden + shared)
     ends = (1 + modules) * (hidden + 1 + hidden + hidden)  # last norm: input and output; gradient of the output
     joints = modules * (2 * (hidden + 1) + 2 * hidden)  # both norms' inputs, and what eh_proj reads
     angles = (1 + modules) * model.qk_rope_head_dim
-    return layers * 2 * norm + ends + joints + angles
+    return norms + FLOAT * (ends + joints + angles)
+
+
+def _normed_for_attention(model: ModelConfig, *, kept: _Kept) -> int:
+    """Return bytes of the normed hidden state, which both down projections read; in FP8 a direct query has its own."""
+    once = kept.input(model.hidden_size)
+    return 2 * once if kept.is_fp8 and model.q_lora_rank is None else once

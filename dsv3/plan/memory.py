@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dsv3.config import ModelConfig, PretrainConfig
 from dsv3.errors import ConfigError
 from dsv3.plan.counts import count_parameters
-from dsv3.plan.published_tensors import checkpoint_size
+from dsv3.plan.published_tensors import checkpoint_size, quantised_size
 
 WEIGHT_PRECISIONS = ("float32", "bfloat16", "fp8")
 
@@ -19,9 +19,9 @@ class TrainingMemory:
     """Bytes that training holds between steps, all ranks together, nothing held twice."""
 
     weights: int
-    """What the model computes with."""
+    """What the model computes with; the FP8 copies of an FP8 recipe are among them."""
     master: int
-    """FP32 copy that the optimiser steps; 0 where the weights are FP32 themselves."""
+    """FP32 weights that the optimiser steps, where the model computes with something else; 0 where with them."""
     gradients: int
     """FP32 sums over micro-batches, and beside them the gradient of one micro-batch where that has a narrower type."""
     moments: int
@@ -38,19 +38,27 @@ class TrainingMemory:
 def training_memory(config: PretrainConfig, *, dtype: str) -> TrainingMemory:
     """Return the bytes of weights, gradients and optimiser state when computing in `dtype`: 'float32' or 'bfloat16'.
 
-    MTP modules are trained and counted; embedding and head are shared with them and counted once. Router biases have
-    no gradient and no moments, and stay FP32. Activations are not in it.
+    MTP modules are trained and counted; embedding and head are shared with them and counted once. An FP8 recipe
+    (`config.precision`) keeps its weights in FP32 and a copy of 1 byte each, for every dtype. Router biases have no
+    gradient and no moments, and stay FP32. Activations are not in it.
 
     Source: report 3.3 (FP32 master weights and gradients, BF16 moments).
     """
     if dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"training memory was asked for in '{dtype}'; choose 'float32' or 'bfloat16'")
-    learned = _stored(config.model) - _biases(config.model)
+    model = config.model
+    learned = _stored(model) - _biases(model)
+    recipe = config.precision.recipe
+    size = quantised_size(model)
+    in_fp8 = size.values if recipe != "original" else 0
+    copies = in_fp8 and in_fp8 + 4 * (size.matrices if recipe == "fp8_per_tensor" else size.scales)
+    rest = learned - in_fp8
     narrow = dtype == "bfloat16"
     return TrainingMemory(
-        weights=weight_bytes(config.model, precision=dtype),
-        master=4 * learned if narrow else 0,
-        gradients=(4 + 2) * learned if narrow else 4 * learned,
+        weights=4 * _biases(model) + rest * (2 if narrow else 4) + copies,
+        master=4 * in_fp8 + (4 * rest if narrow else 0),
+        # Gradients of quantised weights are FP32 from the start; the others have the type of their weight at first.
+        gradients=4 * learned + (2 * rest if narrow else 0),
         moments=2 * learned * (2 if config.optim.bf16_moments else 4),
         average=4 * learned if config.optim.ema_decay > 0 else 0,
     )

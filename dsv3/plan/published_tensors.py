@@ -60,18 +60,52 @@ class CheckpointSize:
 def checkpoint_size(config: ModelConfig, *, fp8: bool) -> CheckpointSize:
     """Return number and bytes of the tensors: 91,991 and 688,574,839,360 for V3 in FP8, MTP module included."""
     modules = config.num_nextn_predict_layers
-    after_the_last = config.num_hidden_layers
-    # One layer of each kind stands for all of them: listing the 92 thousand tensors would take a noticeable moment.
     pieces = [
         (1, list(_outside_the_layers(config))),
-        (config.num_hidden_layers - config.num_moe_layers, list(_block(config, layer=0, fp8=fp8))),
-        (config.num_moe_layers + modules, list(_block(config, layer=after_the_last, fp8=fp8))),
-        (modules, list(_around_mtp_block(config, layer=after_the_last))),
+        *_layers_of_each_kind(config, fp8=fp8),
+        (modules, list(_around_mtp_block(config, layer=config.num_hidden_layers))),
     ]
     return CheckpointSize(
         tensors=sum(count * len(tensors) for count, tensors in pieces),
         num_bytes=sum(count * sum(tensor.num_bytes for tensor in tensors) for count, tensors in pieces),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantisedSize:
+    """What of a model is stored in FP8."""
+
+    values: int
+    scales: int
+    """One for each 128 x 128 block, those that the edge of a matrix cuts off included."""
+    matrices: int
+
+
+def quantised_size(config: ModelConfig) -> QuantisedSize:
+    """Return how many weights of layers and MTP modules are in FP8, in how many blocks and matrices."""
+    quantised = [
+        (count, tensor)
+        for count, tensors in _layers_of_each_kind(config, fp8=True)
+        for tensor in tensors
+        if tensor.dtype == "FP8"
+    ]
+    return QuantisedSize(
+        values=sum(count * prod(tensor.shape) for count, tensor in quantised),
+        scales=sum(count * prod(-(-side // BLOCK) for side in tensor.shape) for count, tensor in quantised),
+        matrices=sum(count for count, _ in quantised),
+    )
+
+
+def _layers_of_each_kind(config: ModelConfig, *, fp8: bool) -> list[tuple[int, list[PublishedTensor]]]:
+    """Return the tensors of one dense and one MoE layer, each with the number of such layers, MTP modules included.
+
+    One layer of each kind stands for all: listing the 92 thousand tensors would take a noticeable moment.
+    """
+    moe_layers = config.num_moe_layers + config.num_nextn_predict_layers
+    return [
+        (config.num_hidden_layers - config.num_moe_layers, list(_block(config, layer=0, fp8=fp8))),
+        (moe_layers, list(_block(config, layer=config.num_hidden_layers, fp8=fp8))),
+    ]
 
 
 def _outside_the_layers(config: ModelConfig) -> Iterator[PublishedTensor]:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NoReturn, Protocol
+from typing import NoReturn, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -80,6 +80,7 @@ class _Passes:
     load: list[Int[Tensor, " expert"]]
 
 
+@runtime_checkable
 class _Run(Protocol):
     """The forward and backward passes of some micro-batches, everything else being settled."""
 

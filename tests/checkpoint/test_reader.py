@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from dsv3.checkpoint.names import published_layout
 from dsv3.checkpoint.reader import PublishedReader, is_published_folder
 from dsv3.errors import CheckpointError, ConfigError
-from dsv3.fp8.blocks import dequantise_blocks, quantise_blocks
+from dsv3.fp8.quantise import BLOCKS, dequantise, quantise
 
 ROUTER = "model.layers.1.mlp.gate.weight"
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -127,15 +127,15 @@ def test_frequencies_that_old_programs_saved_are_passed_over(folder, rewrite):
 def test_fp8_weights_come_back_times_their_multipliers(folder, rewrite):
     expected = {}
 
-    def quantise(tensors):
-        for tensor in published_layout(PublishedReader(folder).config if not tensors else config):
+    def put_in_fp8(tensors):
+        for tensor in published_layout(config):
             if tensor.in_fp8:
-                weight, scale = quantise_blocks(tensors[tensor.name])
-                tensors |= {tensor.name: weight, f"{tensor.name}_scale_inv": scale}
-                expected[tensor.name] = dequantise_blocks(weight, scale_inv=scale)
+                stored = quantise(tensors[tensor.name], form=BLOCKS)
+                tensors |= {tensor.name: stored.values, f"{tensor.name}_scale_inv": stored.scales}
+                expected[tensor.name] = dequantise(stored)
 
     config = PublishedReader(folder).config
-    rewrite(folder, quantise)
+    rewrite(folder, put_in_fp8)
     reader = PublishedReader(folder)
     read = {tensor.name: reader.read(tensor) for tensor in reader.layout if tensor.in_fp8}
     assert len(read) == len(expected) == 8 + 21 * 2 + 5 * 2
@@ -160,7 +160,8 @@ def test_fp8_weights_come_back_times_their_multipliers(folder, rewrite):
 )
 def test_weights_and_multipliers_that_do_not_belong_together_are_refused(folder, rewrite, damage, said):
     def quantise_one(tensors):
-        tensors[EXPERT], tensors[f"{EXPERT}_scale_inv"] = quantise_blocks(tensors[EXPERT])
+        stored = quantise(tensors[EXPERT], form=BLOCKS)
+        tensors |= {EXPERT: stored.values, f"{EXPERT}_scale_inv": stored.scales}
         damage(tensors)
 
     rewrite(folder, quantise_one)

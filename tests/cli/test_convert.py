@@ -17,7 +17,7 @@ from dsv3.config import BatchConfig, ModelConfig, PretrainConfig, SnapshotConfig
 from dsv3.config.files import write_config
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import ConfigError
-from dsv3.fp8.blocks import quantise_blocks
+from dsv3.fp8.quantise import BLOCKS, quantise
 from dsv3.infer.loaded import load
 from dsv3.model.transformer import Transformer
 
@@ -107,9 +107,9 @@ def test_fp8_weights_come_out_dequantised(tmp_path, published, model):
     expected = {}
     for tensor in published_layout(model.config):
         if tensor.in_fp8:
-            weight, scale = quantise_blocks(tensors[tensor.name])
-            tensors |= {tensor.name: weight, f"{tensor.name}_scale_inv": scale}
-            expected[tensor.name] = weight.float() * scale  # every matrix here is a single block
+            stored = quantise(tensors[tensor.name], form=BLOCKS)
+            tensors |= {tensor.name: stored.values, f"{tensor.name}_scale_inv": stored.scales}
+            expected[tensor.name] = stored.values.float() * stored.scales  # every matrix here is a single block
     (published / "model.safetensors.index.json").unlink()
     path.unlink()
     save_file(tensors, published / "model.safetensors")
@@ -121,6 +121,40 @@ def test_fp8_weights_come_out_dequantised(tmp_path, published, model):
     written = weights_of(tmp_path / "out")
     assert {name: tuple(value.shape) for name, value in written.items()} == published_shapes(model.config)
     assert all(torch.equal(written[name], value) for name, value in expected.items())
+
+
+def fp8_of(model: Transformer) -> dict[str, torch.Tensor]:
+    """The weights of the released FP8 format, by its definition: values, multipliers, and the rest in BF16."""
+    tensors, state = {}, model.state_dict()
+    for tensor in published_layout(model.config):
+        value = tensor.part_of(state[tensor.source])
+        if tensor.in_fp8:
+            stored = quantise(value, form=BLOCKS)
+            tensors |= {tensor.name: stored.values, f"{tensor.name}_scale_inv": stored.scales}
+        else:
+            tensors[tensor.name] = value if tensor.stays_float32 else value.bfloat16()
+    return tensors
+
+
+@pytest.mark.parametrize("kind", ["snapshot", "export", "published"])
+def test_fp8_is_written_from_runs_exports_and_published_folders(tmp_path, run_folder, published, model, kind, capsys):
+    source = published if kind == "published" else run_folder
+    if kind == "export":
+        published.rename(run_folder / "export")
+    assert run(source, tmp_path / "out", "--dtype", "fp8") == 0
+    written, expected = weights_of(tmp_path / "out"), fp8_of(model)
+    assert {name: value.dtype for name, value in written.items()} == {n: v.dtype for n, v in expected.items()}
+    assert all(torch.equal(written[name].float(), value.float()) for name, value in expected.items())
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert f"out: {size / 1e6:,.1f} MB of float8_e4m3fn weights in 1 files, from " in capsys.readouterr().out
+
+
+def test_fp8_written_again_as_fp8_is_the_same_to_the_byte(tmp_path, published):
+    assert run(published, tmp_path / "once", "--dtype", "fp8") == 0
+    assert run(tmp_path / "once", tmp_path / "twice", "--dtype", "fp8") == 0
+    files = {path.name: path.read_bytes() for path in (tmp_path / "once").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "twice").iterdir()} == files
 
 
 def test_a_run_without_an_export_gives_its_newest_snapshot(tmp_path, run_folder, model):
@@ -154,8 +188,7 @@ def test_shards_stay_below_the_size_asked_for(tmp_path, published):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--dtype", "fp8"), "FP8 weights can be read but not yet written"),
-        (("--dtype", "int4"), "bf16 or fp32"),
+        (("--dtype", "int4"), "bf16, fp32 or fp8"),
         (("--max-shard-size", "big"), "5GB"),
         (("--max-shard-size", "0"), "above zero"),
     ],

@@ -69,9 +69,11 @@ def test_writing_the_released_model_gives_every_field_of_the_released_file():
         ModelConfig(bos_token_id=5, eos_token_id=7, rms_norm_eps=1e-5, rope_theta=50_000.0),
     ],
 )
-def test_a_written_config_reads_back_as_the_same_model_without_a_note(config):
-    written = json.loads(json.dumps(published_from_model_config(config, dtype="float32")))
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_written_config_reads_back_as_the_same_model_without_a_note(config, quantized):
+    written = json.loads(json.dumps(published_from_model_config(config, dtype="bfloat16", quantized=quantized)))
     assert model_config_from_published(written) == (config, [])
+    assert quantisation_from_published(written) == (Fp8Blocks() if quantized else None)
 
 
 def test_hidden_first_is_written_as_the_published_order():
@@ -211,6 +213,15 @@ def test_several_end_tokens_are_read_as_the_first():
 def test_quantisation_is_read_with_its_block():
     assert quantisation_from_published(RELEASED_V3) == Fp8Blocks(block=(128, 128))
     assert quantisation_from_published(without("quantization_config")) is None
+
+
+def test_how_v31_wants_its_activations_scaled_is_said_to_be_passed_over():
+    fp8 = RELEASED_V3["quantization_config"]
+    notes = [
+        model_config_from_published(changed(quantization_config=fp8 | more))[1] for more in ({}, {"scale_fmt": "ue8m0"})
+    ]
+    assert notes[0] == []
+    assert ["quantization_config.scale_fmt" in note for note in notes[1]] == [True]
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import logging
 import pytest
 import torch
 
-from dsv3.errors import CompilerError, ConfigError
 from dsv3 import native
+from dsv3.errors import CompilerError, ConfigError
 
 
 def test_only_real_fp32_tensors_on_the_cpu_are_served():

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsv3.batch import IGNORE
 from dsv3 import native
+from dsv3.batch import IGNORE
 from dsv3.ops import cross_entropy
 from dsv3.ops.attention import expanded_attention, expanded_attention_plain
 from dsv3.ops.cross_entropy import linear_cross_entropy, token_nll

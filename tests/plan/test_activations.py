@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dsv3 import recipes
+from dsv3 import native, recipes
 from dsv3.batch import TokenBatch
-from dsv3.config import KEEP_ALL, PretrainConfig, RecomputeConfig
+from dsv3.config import KEEP_ALL, PrecisionConfig, PretrainConfig, RecomputeConfig
+from dsv3.model.precision import quantise_weights
 from dsv3.model.transformer import Transformer
-from dsv3 import native
 from dsv3.plan.activations import activation_memory
 from dsv3.train.loss import WholeBatch, pretraining_loss
 
@@ -38,12 +38,14 @@ def kept_bytes(config: PretrainConfig, *, num_rows: int) -> int:
     """Return what the second forward pass of a model leaves allocated, its losses included."""
     model = Transformer(config.model)
     model.init_weights(generator=torch.Generator().manual_seed(0))
+    precision = quantise_weights(model.weights_in_fp8(), config=config.precision)
     rows = torch.randint(config.model.vocab_size, (num_rows, config.batch.sequence_length + 1))
     kept = 0
     for _ in range(2):
         before = allocated_bytes()
         batch = TokenBatch.from_rows(rows)
-        output = model(batch, mtp=config.model.num_nextn_predict_layers > 0, recompute=config.recompute)
+        mtp = config.model.num_nextn_predict_layers > 0
+        output = model(batch, mtp=mtp, recompute=config.recompute, precision=precision)
         whole = WholeBatch.of([batch])
         loss = pretraining_loss(model, output=output, batch=batch, whole=whole, mtp_weight=0.3, balance=config.balance)
         kept = allocated_bytes() - before
@@ -69,22 +71,28 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize(
-    "recompute",
-    [
-        KEEP_ALL,
-        RecomputeConfig(),
-        replace(KEEP_ALL, norms=True),
-        replace(KEEP_ALL, up_projections=True),
-        replace(KEEP_ALL, swiglu=True),
-    ],
-    ids=["keep all", "as published", "norms", "up-projections", "swiglu"],
-)
-@pytest.mark.parametrize("name", SHAPES)
-def test_prediction_and_allocator_agree(name: str, recompute: RecomputeConfig):
+RECOMPUTED = {
+    "keep all": KEEP_ALL,
+    "as published": RecomputeConfig(),
+    "norms": replace(KEEP_ALL, norms=True),
+    "up-projections": replace(KEEP_ALL, up_projections=True),
+    "swiglu": replace(KEEP_ALL, swiglu=True),
+}
+CASES = [
+    *((name, recompute, "original") for name in SHAPES for recompute in RECOMPUTED),
+    *(("tiny", recompute, "fp8_v3") for recompute in RECOMPUTED),
+    *((name, "as published", "fp8_v3") for name in SHAPES if name != "tiny"),
+    ("like V2", "keep all", "fp8_v3"),
+    ("tiny", "keep all", "fp8_per_tensor"),
+    ("small", "as published", "fp8_per_tensor"),
+]
+
+
+@pytest.mark.parametrize(("name", "recomputed", "recipe"), CASES)
+def test_prediction_and_allocator_agree(name: str, recomputed: str, recipe: str):
     if not sys.platform.startswith("linux") or not native.usable(torch.zeros(1)):
         pytest.skip("the prediction is for our CPU kernels, and the allocator asked is glibc's")
-    config = replace(SHAPES[name], recompute=recompute)
+    config = replace(SHAPES[name], recompute=RECOMPUTED[recomputed], precision=PrecisionConfig(recipe=recipe))
     num_rows = 1024 // config.batch.sequence_length
     predicted = activation_memory(config)
     tokens = num_rows * config.batch.sequence_length
@@ -95,7 +103,7 @@ def test_prediction_and_allocator_agree(name: str, recompute: RecomputeConfig):
 
 def test_published_recomputation_saves_what_it_names():
     """By hand, for one token of V3: 62 layers of norms, latents and heads, 3 + 59 * (8 + 1) SwiGLUs."""
-    v3 = recipes.v3_671b()
+    v3 = replace(recipes.v3_671b(), precision=PrecisionConfig(recipe="original"))
     kept, remade = activation_memory(replace(v3, recompute=KEEP_ALL)), activation_memory(v3)
     norms = 62 * (2 * 7168 + 1536 + 512)
     heads = 62 * 128 * (192 + 256)
