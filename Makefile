@@ -2,14 +2,15 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+GPU_VENV := .venv-gpu
 # The plays and the novel of the corpus come without the packages they ask for, so pip is not to warn of that.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-warn-conflicts
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow check format lint types layers bench clean
+.PHONY: help setup quickstart test test-slow test-gpu-static check format lint types layers bench clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 $(VENV)/user: pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) 2>/dev/null \
@@ -30,6 +31,19 @@ $(VENV)/bench: $(VENV)/dev
 	  || echo "note: torchtitan could not be installed; the benchmarks go on without it"
 	@touch $@
 
+# Its own environment, because the ordinary one may have a torch without CUDA; torch then says which Triton it wants.
+$(GPU_VENV)/ready: pyproject.toml constraints.txt
+	@test -x $(GPU_VENV)/bin/pip || $(PYTHON) -m venv $(GPU_VENV) 2>/dev/null \
+	  || ($(PYTHON) -m venv --clear --without-pip $(GPU_VENV) \
+	  && $(PYTHON) -m pip --python $(GPU_VENV)/bin/python install --quiet pip)
+	@echo "installing dsv3 with torch for CUDA into $(GPU_VENV) (once; 6 GB and a few minutes)"
+	@grep -vE '^(torch|triton)==' constraints.txt > $(GPU_VENV)/constraints.txt
+	@$(GPU_VENV)/bin/pip install --quiet --disable-pip-version-check -c $(GPU_VENV)/constraints.txt \
+	  torch==2.14.1 -e . beartype hypothesis pytest
+	@$(GPU_VENV)/bin/python -c "import sys, torch; sys.exit(None if torch.version.cuda else \
+	  f'torch {torch.__version__} came without CUDA; give pip an index that has the CUDA build')"
+	@touch $@
+
 setup: $(VENV)/dev ## make the environment with everything a developer needs
 
 quickstart: $(VENV)/user ## text to a model that talks, in minutes; run again to go on where it stopped
@@ -40,6 +54,9 @@ test: $(VENV)/dev ## run the test suite
 
 test-slow: $(VENV)/dev ## run the tests that take minutes
 	@$(BIN)/python -m pytest -q -m slow
+
+test-gpu-static: $(GPU_VENV)/ready ## check the code for GPUs without one: devices, types, shapes, layouts
+	@$(GPU_VENV)/bin/python -m pytest -q tests/gpu_static
 
 check: format lint types layers test ## format, lint, types, import layers, tests
 
@@ -62,4 +79,4 @@ bench: $(VENV)/bench ## run every claim of benchmarks/ and write the table of th
 	@$(BIN)/python benchmarks/claims/table.py benchmarks/results/*.json
 
 clean: ## remove the environment and caches, not runs/
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(GPU_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

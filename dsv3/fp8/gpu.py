@@ -5,12 +5,14 @@ than the report's, the emulation of a narrow accumulator) takes the plain form, 
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from dsv3.errors import ConfigError
 from dsv3.fp8 import triton_launch
 from dsv3.fp8.e5m6 import PackedE5M6
 from dsv3.fp8.formats import TILE
@@ -25,9 +27,14 @@ FIRST_CUDA = (12, 9)
 
 
 class GpuKernels(PlainKernels):
-    """FP8 arithmetic on a GPU. `scaled_mm` says whether torch's product is taken; None: where this GPU has it."""
+    """FP8 arithmetic on a GPU. `scaled_mm` says whether torch's product is taken; None: where this GPU has it.
+
+    Raises:
+        ConfigError: the GPU here is older than Hopper.
+    """
 
     def __init__(self, *, scaled_mm: bool | None = None) -> None:
+        refuse_older_gpus()
         why_not = why_no_scaled_mm() if scaled_mm is None else None if scaled_mm else "switched off"
         self.scaled_mm = why_not is None
         self.name = (
@@ -109,6 +116,19 @@ class GpuKernels(PlainKernels):
         return triton_launch.dequantise_e5m6(x)
 
 
+def refuse_older_gpus() -> None:
+    """Raise unless the GPU here multiplies FP8 from as much shared memory as our kernels take, 128 KiB."""
+    if not torch.cuda.is_available():
+        return
+    major, minor = torch.cuda.get_device_capability()
+    if major < 9:
+        raise ConfigError(
+            f"FP8 was asked of {torch.cuda.get_device_name()}, whose compute capability is {major}.{minor}; it takes "
+            "9.0 (H100) or later. precision.recipe = 'original' trains in BF16"
+        )
+
+
+@cache
 def why_no_scaled_mm() -> str | None:
     """Return why torch's `scaled_mm` has no block scales here, or None if it has them."""
     if torch.version.cuda is None:
@@ -142,15 +162,16 @@ def as_operand(x: Quantised) -> Operand | None:
 
 
 def fits_scaled_mm(a: Operand, b: Operand) -> bool:
-    """Whether torch multiplies these: whole tiles of depth, widths of 16 bytes, one scale a row (or one a matrix) of a.
+    """Whether torch multiplies these: E4M3, one scale a row of a, whole tiles and blocks, columns of 16 bytes.
 
-    torch itself asks for multiples of 16 in depth and columns. Not asked for by it, but by us: rows in multiples of 4,
-    so that each column of the scales of `a` starts at 16 bytes as those of `b` must, and whole tiles.
+    torch itself asks for multiples of 16 only. Not asked for by it, but by us: whole tiles of depth and whole blocks,
+    which not all of its versions can do without, and rows in multiples of 4, so that the scales of every tile of `a`
+    start at 16 bytes as those of `b` must.
     """
-    rows, depth = a.values.shape
+    (rows, depth), columns = a.values.shape, b.values.shape[0]
     e4m3 = a.values.dtype == b.values.dtype == torch.float8_e4m3fn
-    sizes = rows > 0 and depth > 0 and rows % 4 == 0 and depth % TILE == 0 and b.values.shape[0] % 16 == 0
-    return e4m3 and sizes and a.tile_rows == 1
+    whole = depth % TILE == 0 and columns % max(16, b.tile_rows) == 0 and rows % 4 == 0
+    return e4m3 and whole and a.tile_rows == 1 and rows > 0 and depth > 0
 
 
 def multiply_by_torch(a: Operand, b: Operand) -> Float[Tensor, "row column"]:

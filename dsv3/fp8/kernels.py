@@ -159,7 +159,8 @@ def slice_rows(x: Quantised, *, start: int, count: int) -> Quantised:
 
 def group_tiles(rows_per_group: Sequence[int], *, tile: int = TILE) -> list[int]:
     """Return where each tile of tokens begins, and at the end the number of tokens; tiles end with their group."""
-    starts, row = [], 0
+    starts: list[int] = []
+    row = 0
     for rows in rows_per_group:
         starts += range(row, row + rows, tile)
         row += rows

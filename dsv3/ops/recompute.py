@@ -106,7 +106,7 @@ class _Forgotten:
     """By operations whose backward pass has not run yet."""
     made: Tensor | None = None
 
-    def view_like(self, tensor: Tensor) -> tuple["_Forgotten", torch.Size, tuple[int, ...], int]:
+    def view_like(self, tensor: Tensor) -> tuple[Any, ...]:
         """Return how to find, in what will be made, what `tensor` is in what was there."""
         self.wanted += 1
         return self, tensor.size(), tensor.stride(), tensor.storage_offset()

@@ -201,7 +201,7 @@ LEFT_OPEN: dict[str, str] = {
     "optim.epsilon": "the customary value",
     "optim.ema_decay": "the report keeps an average and does not say how long",
     "optim.weight_decay": "published; which parameters it skips is not: one-dimensional ones",
-    "precision.swiglu_cache_power_of_two": "whether scales of this cache are powers of two; the report names three others that are",
+    "precision.swiglu_cache_power_of_two": "how scales of this cache are rounded; three others are powers of two",
     "batch.multiple_of": "the ramp is published by its ends only; ours is linear in tokens, in steps of this many",
 }
 """Settings of which the report leaves the value, or a part of the meaning, open: what was chosen here."""

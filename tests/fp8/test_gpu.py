@@ -166,6 +166,17 @@ def test_name_says_which_product_is_taken_and_why(launch):
         assert "no scaled_mm: " in GpuKernels().name
 
 
+def test_a_gpu_older_than_hopper_is_refused(launch, monkeypatch):
+    from dsv3.errors import ConfigError
+    from dsv3.fp8.gpu import GpuKernels
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA L40")
+    with pytest.raises(ConfigError, match=r"NVIDIA L40, whose compute capability is 8\.9"):
+        GpuKernels()
+
+
 def test_without_triton_the_error_says_what_to_install():
     import subprocess
     import sys

@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv3 import recipes
+from dsv3 import native, recipes
 from dsv3.batch import TokenBatch
 from dsv3.config import KEEP_ALL, PretrainConfig, RecomputeConfig
 from dsv3.model.linear import RMSNorm
-from dsv3 import native
 from dsv3.train.loss import WholeBatch, pretraining_loss
 from dsv3.train.resume import new_state
 from dsv3.train.step import train_step

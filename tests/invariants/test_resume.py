@@ -22,6 +22,7 @@ from dsv3.config import (
     ModelConfig,
     MtpLossConfig,
     OptimConfig,
+    PrecisionConfig,
     PretrainConfig,
     RuntimeConfig,
     SnapshotConfig,
@@ -59,6 +60,7 @@ def config(text: Path) -> PretrainConfig:
     """Twenty-two steps through every schedule: growing batch, two MTP modules, every phase of learning rate."""
     return PretrainConfig(
         total_tokens=2400,
+        precision=PrecisionConfig(recipe="original"),  # in FP8: tests/train/test_precision.py
         model=ModelConfig(
             vocab_size=310,
             hidden_size=32,
