@@ -62,7 +62,10 @@ def choose_experts(
         if config.topk_method != "greedy":
             biased = biased.masked_fill(~expert_is_reachable(biased, config=config), float("-inf"))
         experts = _largest(biased, count=config.num_experts_per_tok)
-        load = torch.bincount(experts.flatten(), minlength=config.n_routed_experts)
+        # Not bincount, which on a GPU waits for the largest index to come back.
+        load = experts.new_zeros(config.n_routed_experts).scatter_add_(
+            0, experts.flatten(), torch.ones_like(experts).flatten()
+        )
     gates = affinity.gather(1, experts)
     if config.norm_topk_prob:
         gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)  # 1e-20 as in the published code

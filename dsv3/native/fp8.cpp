@@ -4,36 +4,14 @@
 // neighbours in a vector have scales of their own. Processors without FP8 do all of it on the bits of FP32.
 #include <algorithm>
 
-#include "vector.h"
+#include "fp8.h"
 
 namespace {
 
-typedef uint8_t Bytes __attribute__((vector_size(WIDTH)));
-typedef uint8_t BytesInMemory __attribute__((vector_size(WIDTH), aligned(1), may_alias));
-
-constexpr int32_t INFINITE = 0x7F800000;
 constexpr float SMALLEST_SCALE = 7.888609052210118e-31f;  // 2^-100
 constexpr int64_t COLUMN_BLOCK = 64;                      // columns that are quantised together, tile by tile
 
-inline IntVector bits_of(Vector x) { return reinterpret_cast<IntVector>(x); }
-inline Vector float_of(IntVector x) { return reinterpret_cast<Vector>(x); }
-inline IntVector all_bits(int32_t value) { return value - IntVector{}; }
 inline IntVector larger_bits(IntVector a, IntVector b) { return a > b ? a : b; }
-
-// A format of one byte: its mantissa bits and exponent bias, and where its codes stop being numbers.
-struct E4M3 {
-  static constexpr int MANTISSA = 3, BIAS = 7, NOT_A_NUMBER = 0x7F, INFINITY_CODE = 0x80;
-  static constexpr float LARGEST = 448.0f;
-};
-struct E5M2 {
-  static constexpr int MANTISSA = 2, BIAS = 15, NOT_A_NUMBER = 0x7F, INFINITY_CODE = 0x7C;
-  static constexpr float LARGEST = 57344.0f;
-};
-// FP16 without its lowest four bits; 12 bits, so it has no byte functions.
-struct E5M6 {
-  static constexpr int MANTISSA = 6, BIAS = 15, NOT_A_NUMBER = 0x7E0, INFINITY_CODE = 0x7C0;
-  static constexpr float LARGEST = 65024.0f;
-};
 
 // The code of each number without its sign; they are at most the largest of the format, or NaN. Ties go to even.
 template <class F>
@@ -49,30 +27,10 @@ inline IntVector encode_magnitude(IntVector magnitude) {
 }
 
 template <class F>
-inline Vector decode_magnitude(IntVector code) {
-  constexpr int DROPPED = 23 - F::MANTISSA;
-  const IntVector normal = (code << DROPPED) + ((127 - F::BIAS) << 23);
-  const Vector subnormal = __builtin_convertvector(code, Vector) * __builtin_ldexpf(1.0f, 1 - F::BIAS - F::MANTISSA);
-  IntVector value = code < (1 << F::MANTISSA) ? bits_of(subnormal) : normal;
-  if constexpr (F::INFINITY_CODE < 0x80 || F::MANTISSA > 3) {
-    value = code == F::INFINITY_CODE ? all_bits(INFINITE) : value;
-    return float_of(code > F::INFINITY_CODE ? all_bits(0x7FC00000) : value);
-  }
-  return float_of(code == F::NOT_A_NUMBER ? all_bits(0x7FC00000) : value);
-}
-
-template <class F>
 inline Bytes encode(Vector x) {
   const IntVector bits = bits_of(x);
   const IntVector code = encode_magnitude<F>(bits & 0x7FFFFFFF) | ((bits >> 24) & 0x80);
   return __builtin_convertvector(code, Bytes);
-}
-
-template <class F>
-inline Vector decode(Bytes bytes) {
-  const IntVector code = __builtin_convertvector(bytes, IntVector);
-  const IntVector sign = (code & 0x80) << 24;
-  return float_of(bits_of(decode_magnitude<F>(code & 0x7F)) | sign);
 }
 
 // largest / LARGEST, rounded up to 20 significant bits or to a power of two; NaN and infinity stay what they are.
@@ -83,32 +41,6 @@ inline Vector scale_for(IntVector largest, bool power_of_two) {
   const Vector rounded = float_of((bits_of(exact) + low) & ~low);
   const IntVector finite = bits_of(exact) < all_bits(INFINITE);
   return finite ? (rounded < SMALLEST_SCALE ? all(SMALLEST_SCALE) : rounded) : exact;
-}
-
-inline Vector load_some(const float* from, int64_t count) {
-  if (count >= WIDTH) return load(from);
-  float lanes[WIDTH] = {};
-  std::memcpy(lanes, from, count * sizeof(float));
-  return load(lanes);
-}
-inline void store_some(float* to, Vector value, int64_t count) {
-  if (count >= WIDTH) return store(to, value);
-  float lanes[WIDTH];
-  store(lanes, value);
-  std::memcpy(to, lanes, count * sizeof(float));
-}
-inline Bytes load_some(const uint8_t* from, int64_t count) {
-  if (count >= WIDTH) return *reinterpret_cast<const BytesInMemory*>(from);
-  uint8_t lanes[WIDTH] = {};
-  std::memcpy(lanes, from, count);
-  return *reinterpret_cast<const BytesInMemory*>(lanes);
-}
-inline void store_some(uint8_t* to, Bytes value, int64_t count) {
-  if (count >= WIDTH) {
-    *reinterpret_cast<BytesInMemory*>(to) = value;
-    return;
-  }
-  std::memcpy(to, &value, count);
 }
 
 inline IntVector largest_in(const float* x, int64_t x_row, int64_t rows, int64_t columns) {

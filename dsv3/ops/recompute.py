@@ -54,7 +54,7 @@ def is_made_again(tensor: Tensor) -> bool:
 @dataclass
 class _Scope:
     forgotten: dict[int, "_Forgotten"]
-    """By where the memory of a tensor is."""
+    """By the memory of a tensor."""
     held: list["_Held"] = field(default_factory=list)
 
     def pack(self, tensor: Tensor) -> Any:
@@ -87,7 +87,8 @@ def _forget_nothing(tensor: Tensor, make: Callable[[], Tensor]) -> None:
 
 
 def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    """Return what all views of one memory share; its address would be 0 for all tensors that have none."""
+    return tensor.untyped_storage()._cdata
 
 
 def _unpack(kept: Any) -> Tensor:

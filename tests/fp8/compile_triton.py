@@ -126,7 +126,6 @@ def spilled(ptx: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.ptx"
         file.write_text(ptx)
-        # The level of register allocation that Triton itself asks for where its assembler knows it.
         command = [get_ptxas(HOPPER).path, "-v", "--gpu-name=sm_90a", str(file), "-o", str(file.with_suffix(".o"))]
         run = subprocess.run(command, capture_output=True, text=True, check=True)
     found = re.findall(r"(\d+) bytes spill (?:stores|loads)", run.stderr)
