@@ -78,10 +78,14 @@ void quantise_tiles(const float* x, int64_t x_row, int64_t matrices, int64_t row
     const Tile from(index, rows, columns, x_row, height, width), to(index, rows, columns, columns, height, width);
     const Vector scale = scale_for<F>(largest_in(x + from.first, x_row, from.rows, from.columns), power_of_two);
     scales[index] = scale[0];
-    for (int64_t row = 0; row < from.rows; ++row)
-      for (int64_t c = 0; c < from.columns; c += WIDTH)
-        store_some(values + to.first + row * columns + c,
-                   encode<F>(load_some(x + from.first + row * x_row + c, from.columns - c) / scale), from.columns - c);
+    for (int64_t row = 0; row < from.rows; ++row) {
+      const float* source = x + from.first + row * x_row;
+      uint8_t* target = values + to.first + row * columns;
+      int64_t c = 0;
+      for (; c + WIDTH <= from.columns; c += WIDTH) store_some(target + c, encode<F>(load(source + c) / scale), WIDTH);
+      const int64_t rest = from.columns - c;
+      if (rest) store_some(target + c, encode<F>(load_some(source + c, rest) / scale), rest);
+    }
   }
 }
 
@@ -100,19 +104,28 @@ void dequantise_tiles(const uint8_t* values, int64_t matrices, int64_t rows, int
   }
 }
 
-// Quantise up to COLUMN_BLOCK columns of one tile of rows; `x` is where its first number lies.
+// Quantise the first `columns` of COLUMN_BLOCK columns that lie in `wide`, row by row, with zeros beyond them.
+//
+// Rows of the matrix are often a power of two apart, where columns of it do not fit the cache; a copy of a block does.
 template <class F>
-void quantise_columns_of_tile(const float* x, int64_t x_row, int64_t rows, int64_t columns, int64_t width,
-                              bool power_of_two, uint8_t* values, float* scales) {
-  for (int64_t c = 0; c < columns; c += WIDTH) {
-    const int64_t count = columns - c;
-    IntVector most{};
-    for (int64_t row = 0; row < rows; ++row)
-      most = larger_bits(most, bits_of(load_some(x + row * x_row + c, count)) & 0x7FFFFFFF);
-    const Vector scale = scale_for<F>(most, power_of_two);
-    store_some(scales + c, scale, count);
-    for (int64_t row = 0; row < rows; ++row)
-      store_some(values + row * width + c, encode<F>(load_some(x + row * x_row + c, count) / scale), count);
+void quantise_block_of_columns(const float* wide, int64_t rows, int64_t columns, int64_t width, bool power_of_two,
+                               uint8_t* values, float* scales) {
+  constexpr int VECTORS = COLUMN_BLOCK / WIDTH;
+  IntVector most[VECTORS] = {};
+  for (int64_t row = 0; row < rows; ++row)
+    for (int v = 0; v < VECTORS; ++v)
+      most[v] = larger_bits(most[v], bits_of(load(wide + row * COLUMN_BLOCK + v * WIDTH)) & 0x7FFFFFFF);
+  Vector scale[VECTORS];
+  for (int v = 0; v < VECTORS; ++v) scale[v] = scale_for<F>(most[v], power_of_two);
+  for (int v = 0; v * WIDTH < columns; ++v) store_some(scales + v * WIDTH, scale[v], columns - v * WIDTH);
+  const int64_t whole = columns / WIDTH;
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* from = wide + row * COLUMN_BLOCK;
+    uint8_t* to = values + row * width;
+    int64_t v = 0;
+    for (; v < whole; ++v) store_some(to + v * WIDTH, encode<F>(load(from + v * WIDTH) / scale[v]), WIDTH);
+    if (v * WIDTH < columns)
+      store_some(to + v * WIDTH, encode<F>(load(from + v * WIDTH) / scale[v]), columns - v * WIDTH);
   }
 }
 
@@ -120,12 +133,19 @@ template <class F>
 void quantise_columns(const float* x, int64_t x_row, int64_t columns, const int64_t* starts, int64_t tiles,
                       bool power_of_two, uint8_t* values, float* scales) {
   const int64_t blocks = (columns + COLUMN_BLOCK - 1) / COLUMN_BLOCK;
-#pragma omp parallel for schedule(static)
-  for (int64_t index = 0; index < tiles * blocks; ++index) {
-    const int64_t tile = index / blocks, column = index % blocks * COLUMN_BLOCK, first = starts[tile];
-    quantise_columns_of_tile<F>(x + first * x_row + column, x_row, starts[tile + 1] - first,
-                                std::min(COLUMN_BLOCK, columns - column), columns, power_of_two,
-                                values + first * columns + column, scales + tile * columns + column);
+#pragma omp parallel
+  {
+    std::vector<float> wide;
+#pragma omp for schedule(static)
+    for (int64_t index = 0; index < tiles * blocks; ++index) {
+      const int64_t tile = index / blocks, column = index % blocks * COLUMN_BLOCK, first = starts[tile];
+      const int64_t rows = starts[tile + 1] - first, count = std::min(COLUMN_BLOCK, columns - column);
+      wide.assign(rows * COLUMN_BLOCK, 0.0f);
+      for (int64_t row = 0; row < rows; ++row)
+        std::memcpy(&wide[row * COLUMN_BLOCK], x + (first + row) * x_row + column, count * sizeof(float));
+      quantise_block_of_columns<F>(wide.data(), rows, count, columns, power_of_two, values + first * columns + column,
+                                   scales + tile * columns + column);
+    }
   }
 }
 
@@ -141,7 +161,7 @@ void requantise_columns(const uint8_t* kept, const float* kept_scales, int64_t w
     for (int64_t index = 0; index < tiles * blocks; ++index) {
       const int64_t tile = index / blocks, column = index % blocks * COLUMN_BLOCK, first = starts[tile];
       const int64_t rows = starts[tile + 1] - first, count = std::min(COLUMN_BLOCK, columns - column);
-      wide.resize(rows * COLUMN_BLOCK);
+      wide.assign(rows * COLUMN_BLOCK, 0.0f);
       for (int64_t row = 0; row < rows; ++row)
         for (int64_t c = 0; c < count; c += WIDTH) {
           // `width` is a multiple of WIDTH, so a vector has one scale.
@@ -149,8 +169,8 @@ void requantise_columns(const uint8_t* kept, const float* kept_scales, int64_t w
           const Bytes bytes = load_some(kept + (first + row) * columns + column + c, count - c);
           store(&wide[row * COLUMN_BLOCK + c], decode<F>(bytes) * scale);
         }
-      quantise_columns_of_tile<F>(wide.data(), COLUMN_BLOCK, rows, count, columns, power_of_two,
-                                  values + first * columns + column, scales + tile * columns + column);
+      quantise_block_of_columns<F>(wide.data(), rows, count, columns, power_of_two, values + first * columns + column,
+                                   scales + tile * columns + column);
     }
   }
 }
