@@ -54,6 +54,16 @@ class PublishedTensor:
         """Return the view of our tensor that this published one fills; `swapped_halves` is the caller's to mend."""
         return tensor if self.expert is None else tensor[self.expert, slice(*self.rows)]
 
+    def part_of_scales(self, scales: Tensor) -> Tensor:
+        """Return the view that this one's multipliers fill of those of our tensor, which has them expert by expert.
+
+        Where several matrices lie one above the other in an expert's, each has blocks of its own.
+        """
+        if self.expert is None:
+            return scales
+        its_own = scales[self.expert]
+        return its_own if its_own.dim() == 2 else its_own[self.rows[0] // self.shape[0]]
+
 
 def published_layout(config: ModelConfig) -> tuple[PublishedTensor, ...]:
     """Return every tensor of the published files, main model first, then the MTP modules.

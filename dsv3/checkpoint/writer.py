@@ -21,7 +21,8 @@ from dsv3.checkpoint.reader import INDEX_FILE
 from dsv3.config import ModelConfig
 from dsv3.config.published import notes_for_peers, published_from_model_config
 from dsv3.errors import CheckpointError, ConfigError, TokenizerError
-from dsv3.fp8.quantise import BLOCKS, Quantised, quantise
+from dsv3.fp8.choose import kernels_for
+from dsv3.fp8.quantise import BLOCKS, Quantised
 from dsv3.runtime.atomic import force_to_disk
 from dsv3.runtime.log import get_logger
 
@@ -138,7 +139,7 @@ def _to_store(value: Tensor | Quantised, *, tensor: PublishedTensor, dtype: torc
     """Return what the file holds of a tensor: itself, or in FP8 itself and its multipliers."""
     kind = _stored_type(tensor, dtype=dtype)
     if kind == FP8:
-        quantised = value if isinstance(value, Quantised) else _quantise(value, name=tensor.name)
+        quantised = value if isinstance(value, Quantised) else quantise_finite(value, name=tensor.name)
         assert (tuple(quantised.values.shape), quantised.tile) == (tensor.shape, BLOCK), tensor.name
         return {tensor.name: quantised.values.contiguous(), scale_name(tensor.name): quantised.scales.contiguous()}
     assert isinstance(value, Tensor)
@@ -149,13 +150,19 @@ def _to_store(value: Tensor | Quantised, *, tensor: PublishedTensor, dtype: torc
     return {tensor.name: stored.clone() if shares else stored}
 
 
-def _quantise(value: Tensor, *, name: str) -> Quantised:
-    quantised = quantise(value.detach().to("cpu"), form=BLOCKS)
+def quantise_finite(value: Tensor, *, name: str) -> Quantised:
+    """Return a matrix in FP8, in blocks as they are published, on the CPU.
+
+    Raises:
+        CheckpointError: it has NaN or infinity in it.
+    """
+    wide = value.detach().to("cpu", torch.float32)
+    quantised = kernels_for(wide.device).quantise(wide, form=BLOCKS)
     if not quantised.scales.isfinite().all():
         raise CheckpointError(
-            f"{name} was not written in FP8: {int((~value.isfinite()).sum()):,} of its values are NaN or infinite, and "
-            "each would make its whole block of 128 x 128 NaN. Look for the step at which training broke, or write "
-            "bf16, which keeps them as they are"
+            f"{name} cannot be in FP8: {int((~value.isfinite()).sum()):,} of its values are NaN or infinite, and each "
+            "would make its whole block of 128 x 128 NaN. Look for the step at which training broke, or take "
+            "bfloat16, which keeps them as they are"
         )
     return quantised
 

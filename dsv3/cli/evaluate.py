@@ -43,7 +43,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Tokens the model sees at once; the length of its training rows.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, or fp8: one byte a weight.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads; 0 takes all that this process may use.")] = 0,
 ) -> None:

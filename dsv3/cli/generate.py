@@ -22,7 +22,7 @@ Stop = Annotated[
     list[str] | None, typer.Option(help="Text to stop at, not shown; may be given several times, a newline as $'\\n'.")
 ]
 Weights = Annotated[str, typer.Option(help="trained, or average: the moving average that a training run keeps.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, or fp8: one byte a weight.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Threads = Annotated[int, typer.Option(help="CPU threads; 0 takes all that this process may use.")]
 

@@ -35,6 +35,11 @@ then rounds nothing, and quantising the result again gives the very same bits.
 POWER_OF_TWO_LOW_BITS = 0x7F_FFFF
 
 
+def is_fp8(x: Tensor) -> bool:
+    """Whether a tensor's numbers have one byte, so that they mean nothing without their scales."""
+    return x.dtype in LARGEST
+
+
 def scale_for(
     largest: Float[Tensor, "*tile"], *, largest_of_format: float, power_of_two: bool
 ) -> Float[Tensor, "*tile"]:

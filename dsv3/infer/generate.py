@@ -74,6 +74,7 @@ class TokenStream:
         self.decode_seconds = 0.0
         """Spent on the tokens after the first."""
         self._model = model
+        self._precision = model.stored_precision()
         self._params = params
         self._vocab_size = vocab_size
         self._eos_id = eos_id
@@ -120,7 +121,7 @@ class TokenStream:
             positions=torch.arange(start, start + len(tokens)),
             starts=torch.tensor([0, len(tokens)]),
         ).to(self._model.embed_tokens.weight.device)
-        output = self._model(batch, cache=self._cached.cache)
+        output = self._model(batch, cache=self._cached.cache, precision=self._precision)
         self._cached.ids.extend(self._pending)
         self._pending = []
         return self._model.logits(output.hidden[-1:])

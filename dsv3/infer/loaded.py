@@ -9,8 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dsv3.batch import TokenBatch
-from dsv3.checkpoint.published import load_published
+from dsv3.checkpoint.names import published_layout
+from dsv3.checkpoint.published import assemble, load_published
 from dsv3.checkpoint.snapshot import read_snapshot
+from dsv3.checkpoint.writer import FP8
 from dsv3.config import ModelConfig
 from dsv3.config.files import read_config
 from dsv3.data.chat_template import render_chat
@@ -21,11 +23,13 @@ from dsv3.infer.model_folder import ModelFolder, find_model
 from dsv3.infer.sampler import SamplingParams
 from dsv3.infer.text import TextStream
 from dsv3.model.transformer import Transformer
-from dsv3.runtime.device import choose_device, choose_dtype
+from dsv3.runtime.device import DTYPES, choose_device, choose_dtype
 from dsv3.runtime.log import get_logger
 
 log = get_logger(__name__)
 
+TYPES = ("auto", *DTYPES, "fp8")
+"""The types of weights that can be asked for."""
 WEIGHTS = ("trained", "average")
 """The weights of a run that can be asked for: those of the last step, or their moving average."""
 
@@ -160,27 +164,30 @@ def load(folder: str | Path, *, dtype: str = "auto", device: str = "auto", weigh
     """Load a model to use it: from a training run, from an export, or in the published format.
 
     Of a run, the finished export is taken, else the newest snapshot. `dtype` is 'auto' (BF16 on CUDA, FP32 on CPU),
-    'float32' or 'bfloat16'; `device` is 'auto', 'cpu', 'cuda' or 'cuda:N'. `weights` 'average' takes a run's moving
-    average of the weights (report 3.2.3) from its newest snapshot instead of the weights themselves.
+    'float32', 'bfloat16', or 'fp8', which keeps the matrices of layers at one byte a weight, rounding them to FP8 if
+    they are not, and all else as 'auto' does. `device` is 'auto', 'cpu', 'cuda' or 'cuda:N'. `weights` 'average' takes
+    a run's moving average of the weights (report 3.2.3) from its newest snapshot instead of the weights themselves.
 
     Raises:
         CheckpointError: the folder is none of these, or its weights do not fit its config.json.
-        ConfigError: a device that is not here, or an average where none was kept.
+        ConfigError: a type there is none of, a device that is not here, or an average where none was kept.
         TokenizerError: the tokenizer has more ids than the model has rows.
     """
     if weights not in WEIGHTS:
         raise ConfigError(f"weights = {weights!r}; choose one of {', '.join(repr(name) for name in WEIGHTS)}")
+    if dtype not in TYPES:
+        raise ConfigError(f"dtype = {dtype!r}; choose one of {', '.join(repr(name) for name in TYPES)}")
     found = find_model(folder, snapshot_only=weights == "average")
     if weights == "average" and not found.is_snapshot:
         raise ConfigError(f"only a training run keeps an average of its weights; {found.weights} is no run folder")
     where = choose_device(device)
-    compute = choose_dtype(dtype, device=where)
+    stored = FP8 if dtype == "fp8" else choose_dtype(dtype, device=where)
     run = None if found.run is None else read_config(found.run / "config.json")
     if found.is_snapshot:
         assert run is not None
-        model = _load_snapshot(found, config=run.model, weights=weights, dtype=compute, device=where)
+        model = _load_snapshot(found, config=run.model, weights=weights, dtype=stored, device=where)
     else:
-        model = load_published(found.weights, dtype=compute, device=where)
+        model = load_published(found.weights, dtype=stored, device=where)
     tokenizer = _load_tokenizer(found, config=model.config)
     return LoadedModel(
         model.eval().requires_grad_(False),
@@ -194,7 +201,7 @@ def load(folder: str | Path, *, dtype: str = "auto", device: str = "auto", weigh
 def _load_snapshot(
     found: ModelFolder, *, config: ModelConfig, weights: str, dtype: torch.dtype, device: torch.device
 ) -> Transformer:
-    """Make the model of a run's newest snapshot; training keeps its weights in FP32, `dtype` is what we compute in."""
+    """Make the model of a run's newest snapshot; training keeps its weights in FP32, `dtype` is what we use them in."""
     tensors, _ = read_snapshot(found.weights)
     named = dict(tensors["model"])
     if weights == "average":
@@ -202,18 +209,15 @@ def _load_snapshot(
             raise ConfigError(f"{found.weights} has no average of the weights: the run had optim.ema_decay = 0")
         named |= tensors["average"]  # Router biases are not averaged and stay as they are.
     with torch.device("meta"):
-        model = Transformer(config)
-    parameters = {name for name, _ in model.named_parameters()}
-    # Router biases stay in FP32 in every dtype: a step of gamma = 0.001 is lost in BF16.
-    cast = {
-        name: tensor.to(device=device, dtype=dtype if name in parameters else tensor.dtype)
-        for name, tensor in named.items()
-    }
+        plain = Transformer(config)
     try:
-        model.load_state_dict(cast, assign=True)
+        plain.load_state_dict(named, assign=True)
     except RuntimeError as error:
         raise CheckpointError(f"the snapshot {found.weights} does not fit {found.run}/config.json: {error}") from error
-    return model
+    layout = [tensor for tensor in published_layout(config) if not tensor.is_copy]
+    return assemble(
+        config, layout=layout, read=lambda tensor: tensor.part_of(named[tensor.source]), dtype=dtype, device=device
+    )
 
 
 def _load_tokenizer(found: ModelFolder, *, config: ModelConfig) -> Tokenizer | None:

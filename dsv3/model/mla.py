@@ -63,7 +63,7 @@ class LatentAttention(nn.Module):
             turned = rotate(rope_key[:, None, :], rotation=rotation)[:, 0, :]
             cache.append(latent, rope_key=turned, layer=self.layer, batch=batch)
         if cache is not None and not _nothing_cached_before(batch):
-            attended = self.attend_cached(query, batch=batch, rotation=rotation, cache=cache)
+            attended = self.attend_cached(query, batch=batch, rotation=rotation, cache=cache, precision=precision)
             return precision.products(attended.flatten(1), self.o_proj.weight, site=AFTER_ATTENTION)[0]
 
         with made_again((latent, lambda: self.kv_a_layernorm(before_latent)), when=recompute.norms):
@@ -141,11 +141,13 @@ class LatentAttention(nn.Module):
         batch: TokenBatch,
         rotation: Rotation,
         cache: LatentCache,
+        precision: Precision = ORIGINAL,
     ) -> Float[Tensor, "token head v"]:
         """Attend in the absorbed form to everything cached of each sequence, the new tokens included."""
         query_nope, query_rope = query.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1)
         query_rope = rotate(query_rope, rotation=rotation)
-        up = self.kv_b_proj.weight.to(query.dtype).unflatten(0, (self.config.num_attention_heads, -1))
+        up = precision.matrix(self.kv_b_proj.weight, dtype=query.dtype)
+        up = up.unflatten(0, (self.config.num_attention_heads, -1))
         key_up, value_up = up.split([self.config.qk_nope_head_dim, self.config.v_head_dim], dim=1)  # W^UK, W^UV
         query_latent = torch.einsum("thn,hnc->thc", query_nope, key_up)
         outputs = []

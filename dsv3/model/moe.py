@@ -1,5 +1,8 @@
 """DeepSeekMoE (report 2.1.2, eq. 12): shared experts for every token, routed experts for those sent to them."""
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -7,7 +10,7 @@ from torch import Tensor, nn
 from dsv3.config import KEEP_ALL, ModelConfig, RecomputeConfig
 from dsv3.fp8.recipe import EXPERTS_DOWN, EXPERTS_UP
 from dsv3.model.interfaces import DispatchedTokens, Routing
-from dsv3.model.linear import Linear
+from dsv3.model.linear import BlockScaled, Linear
 from dsv3.model.precision import ORIGINAL, Precision
 from dsv3.model.router import Router
 from dsv3.ops.permute import copy_to_rows, sum_to_tokens
@@ -59,14 +62,18 @@ class SharedExperts(FeedForward):
             return precision.products(active, self.down_proj.weight)[0]
 
 
-class Experts(nn.Module):
+class Experts(BlockScaled):
     """The routed experts held here, their weights stacked so that one call serves all."""
+
+    matrices: ClassVar[Mapping[str, int]] = {"gate_up_proj": 2, "down_proj": 1}
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))  # gate rows, then up rows
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+        self.register_buffer("gate_up_proj_scale_inv", None)
+        self.register_buffer("down_proj_scale_inv", None)
 
     def forward(
         self,

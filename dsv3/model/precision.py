@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dsv3.config import PrecisionConfig
 from dsv3.fp8.choose import kernels_for
 from dsv3.fp8.e5m6 import PackedE5M6
+from dsv3.fp8.formats import is_fp8
 from dsv3.fp8.linear import Fp8Product, fp8_products
 from dsv3.fp8.quantise import TILES, Form, Quantised
 from dsv3.fp8.recipe import AFTER_ATTENTION, ANYWHERE, Fp8Recipe, Site, recipe_named
@@ -51,6 +52,10 @@ class Precision(Protocol):
         """Return o_proj's product of what attention put out; `forget` may drop what attention kept of that."""
         ...
 
+    def matrix(self, weight: nn.Parameter, *, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        """Return a weight itself, for the one reader that takes it apart: attention in its absorbed form."""
+        ...
+
     def swiglu_input(self, x: Float[Tensor, "row width"]) -> Callable[[], Float[Tensor, "row width"]]:
         """Return how to make an input of the experts' SwiGLU again from what is to be kept of it."""
         ...
@@ -66,13 +71,14 @@ class OriginalPrecision:
     ) -> tuple[Float[Tensor, "token _"], ...]:
         """Return the products by torch, wherever they stand."""
         del site
-        return tuple(F.linear(x, weight.to(x.dtype)) for weight in weights)
+        return tuple(F.linear(x, self.matrix(weight, dtype=x.dtype)) for weight in weights)
 
     def expert_products(
         self, rows: Float[Tensor, "row in"], *, weight: nn.Parameter, rows_per_expert: list[int], site: Site
     ) -> Float[Tensor, "row out"]:
         """Return the products of experts, wherever they stand."""
         del site
+        assert not is_fp8(weight), NO_SCALES
         return grouped_linear(rows, weight=weight.to(rows.dtype), rows_per_expert=rows_per_expert)
 
     def output_projection(
@@ -80,7 +86,12 @@ class OriginalPrecision:
     ) -> Float[Tensor, "token hidden"]:
         """Return the product; attention keeps its output as it is."""
         del forget
-        return F.linear(heads.flatten(1), weight.to(heads.dtype))
+        return F.linear(heads.flatten(1), self.matrix(weight, dtype=heads.dtype))
+
+    def matrix(self, weight: nn.Parameter, *, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        """Return the weight."""
+        assert not is_fp8(weight), NO_SCALES
+        return weight.to(dtype)
 
     def swiglu_input(self, x: Float[Tensor, "row width"]) -> Callable[[], Float[Tensor, "row width"]]:
         """Return x itself: all of it is kept."""
@@ -88,6 +99,7 @@ class OriginalPrecision:
 
 
 ORIGINAL = OriginalPrecision()
+NO_SCALES = "a weight in FP8 was to be read without its scales; Transformer.stored_precision() has them"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +151,10 @@ class Fp8Precision:
         return self._multiply(
             joined, weights=(weight,), rows_per_group=groups, site=AFTER_ATTENTION, packed_input=packed
         )[0]
+
+    def matrix(self, weight: nn.Parameter, *, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        """Return the weight that training keeps beside the quantised one."""
+        return weight.to(dtype)
 
     def swiglu_input(self, x: Float[Tensor, "row width"]) -> Callable[[], Float[Tensor, "row width"]]:
         """Return how to make x again from E4M3 (report 3.3.3, 'Inputs of the SwiGLU operator in MoE')."""
@@ -192,11 +208,14 @@ def quantise_weight(weight: Float[Tensor, "*group out in"], *, parts: int, form:
     """
     size = weight.shape[-2] // parts
     split = weight.detach().view(-1, parts, size, weight.shape[-1])
-    quantised = kernels_for(weight.device).quantise(split, form=form)
-    height, width = quantised.tile
-    scales = quantised.scales
-    if (
-        parts > 1 and size % height
-    ):  # A part ends within a tile, so one number for each tile no longer says which rows it has.
+    return stack_parts(kernels_for(weight.device).quantise(split, form=form))
+
+
+def stack_parts(weight: Quantised) -> Quantised:
+    """Return a weight of group x part x out x in as group x out x in."""
+    parts, size = weight.values.shape[1:3]
+    scales, (height, width) = weight.scales, weight.tile
+    if parts > 1 and size % height:
+        # A part ends within a tile, so one number for each tile no longer says which rows it has.
         scales, height = scales.repeat_interleave(height, dim=-2)[..., :size, :], 1
-    return Quantised(values=quantised.values.flatten(1, 2), scales=scales.flatten(1, 2), tile=(height, width))
+    return Quantised(values=weight.values.flatten(1, 2), scales=scales.flatten(1, 2), tile=(height, width))

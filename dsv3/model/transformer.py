@@ -7,13 +7,15 @@ from torch import Tensor, nn
 
 from dsv3.batch import TokenBatch
 from dsv3.config import KEEP_ALL, ModelConfig, RecomputeConfig
+from dsv3.fp8.formats import is_fp8
 from dsv3.model.block import DenseBlock, MoeBlock
 from dsv3.model.interfaces import LatentCache, ModelOutput, MtpOutput, Routing, TokenDispatch
-from dsv3.model.linear import Linear, RMSNorm
-from dsv3.model.moe import Experts, LocalDispatch
+from dsv3.model.linear import BlockScaled, Linear, RMSNorm
+from dsv3.model.moe import LocalDispatch
 from dsv3.model.mtp import MtpModule
 from dsv3.model.precision import ORIGINAL, Precision
 from dsv3.model.router import Router
+from dsv3.model.stored_fp8 import precision_of_stored
 from dsv3.ops.rope import Rotation, rope_frequencies, rotation_at
 
 
@@ -42,16 +44,17 @@ class Transformer(nn.Module):
         cache: LatentCache | None = None,
         dispatch: TokenDispatch | None = None,
         recompute: RecomputeConfig = KEEP_ALL,
-        precision: Precision = ORIGINAL,
+        precision: Precision | None = None,
         mtp: bool = False,
     ) -> ModelOutput:
         """Return hidden states, after the final norm, and how tokens were routed; with `mtp`, run the MTP modules too.
 
         Without a cache every sequence is read whole. With one, tokens are appended to it and see all that it holds.
         `recompute` says what a backward pass makes again instead of finding it kept, `precision` in which numbers the
-        products with weights are computed.
+        products with weights are computed: those that the weights are stored in, unless something else is asked for.
         """
         dispatch = dispatch or LocalDispatch()
+        precision = precision or self.stored_precision()
         rotation = self._rotation(batch)
         hidden = self.embed_tokens(batch.tokens)
         routings: list[Routing] = []
@@ -103,7 +106,7 @@ class Transformer(nn.Module):
         cache: LatentCache | None = None,
         dispatch: TokenDispatch | None = None,
         recompute: RecomputeConfig = KEEP_ALL,
-        precision: Precision = ORIGINAL,
+        precision: Precision | None = None,
     ) -> tuple[MtpOutput, Routing]:
         """Run MTP module `depth` on the state before it and the batch of tokens one further on (`TokenBatch.ahead`)."""
         module = self.mtp[depth]
@@ -116,7 +119,7 @@ class Transformer(nn.Module):
             cache=cache,
             dispatch=dispatch or LocalDispatch(),
             recompute=recompute,
-            precision=precision,
+            precision=precision or self.stored_precision(),
         )
         return MtpOutput(batch=batch, hidden=module.norm(hidden), before_norm=hidden), routing
 
@@ -130,14 +133,31 @@ class Transformer(nn.Module):
 
         Those of all Linear layers and experts but the output head and eh_proj (report 3.3.1; the released files).
         """
+        modules = self._modules_in_fp8()
+        return [(module.get_parameter(name), parts) for module in modules for name, parts in module.matrices.items()]
+
+    def make_room_in_fp8(self) -> None:
+        """Let these parameters be in FP8, each with its scales; what they hold is then to be loaded.
+
+        A model in FP8 is for use: it has nothing to train. Its other weights keep their type.
+        """
+        for module in self._modules_in_fp8():
+            module.make_room_in_fp8()
+        self.requires_grad_(False)
+
+    def stored_precision(self) -> Precision:
+        """Return the precision that the weights are stored in: FP8 after `make_room_in_fp8`, else the original one."""
+        first = self.layers[0]
+        assert isinstance(first, MoeBlock | DenseBlock)
+        if not is_fp8(first.self_attn.o_proj.weight):  # all or none of them are
+            return ORIGINAL
+        modules = self._modules_in_fp8()
+        weights = {module.get_parameter(name): module.in_blocks(name) for module in modules for name in module.matrices}
+        return precision_of_stored(weights, device=self.embed_tokens.weight.device)
+
+    def _modules_in_fp8(self) -> list[BlockScaled]:
         original = {self.lm_head, *(module.eh_proj for module in self.mtp)}
-        found: list[tuple[nn.Parameter, int]] = []
-        for module in self.modules():
-            if isinstance(module, Linear) and module not in original:
-                found.append((module.weight, 1))
-            elif isinstance(module, Experts):
-                found += [(module.gate_up_proj, 2), (module.down_proj, 1)]
-        return found
+        return [module for module in self.modules() if isinstance(module, BlockScaled) and module not in original]
 
     def routers(self) -> list[Router]:
         """Return the routers in the order of `ModelOutput.routings`: main blocks, then MTP modules."""

@@ -14,6 +14,8 @@ from torch.optim.adamw import adamw
 
 from dsv3 import native
 from dsv3.config import OptimConfig
+from dsv3.errors import ConfigError
+from dsv3.fp8.formats import is_fp8
 
 STRETCH_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Weights stepped together: on a CPU two FP32 scratch moments of 4 MB each, measured best of 64K to 4M elements."""
@@ -61,12 +63,22 @@ class AdamW:
 
     A parameter in FP32 is its own master copy; one of a narrower type gets a separate FP32 master, from which it is
     rounded after each step, and an FP32 buffer that sums the gradients of micro-batches.
+
+    Raises:
+        ConfigError: a parameter is in FP8.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], *, config: OptimConfig) -> None:
         self.config = config
         self.steps = 0
-        self.parameters = {name: parameter for name, parameter in parameters if parameter.requires_grad}
+        named = dict(parameters)
+        in_fp8 = [name for name, parameter in named.items() if is_fp8(parameter)]
+        if in_fp8:
+            raise ConfigError(
+                f"{len(in_fp8):,} weights are in FP8, such as {in_fp8[0]}: these are for use only, since a step is "
+                "smaller than what FP8 rounds away. Load the model with dtype 'float32' or 'bfloat16' to train it"
+            )
+        self.parameters = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
         self.master = {
             name: parameter.data if parameter.dtype == torch.float32 else parameter.detach().float()
             for name, parameter in self.parameters.items()

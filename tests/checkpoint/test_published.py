@@ -203,6 +203,43 @@ def test_fp8_bytes_of_other_programs_are_passed_on_as_they_are(tmp_path, make_mo
         assert bits_equal(after[name], expected), name
 
 
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float8_e8m0fnu])
+def test_fp8_bytes_stay_as_they_are_in_a_model_that_is_loaded_in_fp8(tmp_path, make_model, rewrite, scale_dtype):
+    folder, generator = tmp_path / "fp8", torch.Generator().manual_seed(1)
+    save_published(make_model(**RAGGED), folder=folder, tokenizer_folder=None, dtype=FP8)
+    rewrite(folder, lambda tensors: released(tensors, generator=generator, scale_dtype=scale_dtype))
+    model = load_published(folder, dtype=FP8, device="cpu")
+    state, stored = model.state_dict(), stored_in(folder)
+    for tensor in published_layout(model.config):
+        if tensor.in_fp8:
+            assert bits_equal(tensor.part_of(state[tensor.source]).contiguous(), stored[tensor.name])
+            scales = tensor.part_of_scales(state[f"{tensor.source}_scale_inv"])
+            assert torch.equal(scales, stored[f"{tensor.name}_scale_inv"].float())
+        elif not tensor.is_copy:
+            assert torch.equal(state[tensor.source], stored[tensor.name].float())
+    assert {tensor.dtype for tensor in state.values()} == {FP8, torch.float32}
+
+
+def test_fp8_in_other_blocks_is_rounded_again_for_a_model_in_fp8(tmp_path, make_model, rewrite, edit_config):
+    folder = tmp_path / "fp8"
+    save_published(make_model(**RAGGED), folder=folder, tokenizer_folder=None, dtype=torch.float32)
+    form = Form(tile=(64, 32))
+
+    def put_in_fp8(tensors):
+        for tensor in published_layout(make_model(**RAGGED).config):
+            if tensor.in_fp8:
+                stored = quantise(tensors[tensor.name], form=form)
+                tensors |= {tensor.name: stored.values, f"{tensor.name}_scale_inv": stored.scales}
+
+    rewrite(folder, put_in_fp8)
+    edit_config(folder, quantization_config={"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [64, 32]})
+    convert_published(folder, folder=tmp_path / "again", dtype=FP8)
+    ours, theirs = (load_published(path, dtype=FP8, device="cpu").state_dict() for path in (folder, tmp_path / "again"))
+    names = [name for name, tensor in ours.items() if tensor.dtype == FP8]
+    assert all(bits_equal(ours[name], theirs[name]) for name in names)
+    assert all(torch.equal(ours[f"{name}_scale_inv"], theirs[f"{name}_scale_inv"]) for name in names)
+
+
 def test_fp8_in_other_blocks_is_read_and_written_again_in_blocks_of_128(tmp_path, make_model, rewrite, edit_config):
     model, folder, expected = make_model(**RAGGED), tmp_path / "fp8", {}
     save_published(model, folder=folder, tokenizer_folder=None, dtype=torch.float32)

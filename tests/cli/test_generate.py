@@ -105,6 +105,21 @@ def test_a_fresh_seed_is_told_and_repeats_the_text(folder, capsys):
     assert json.loads(capsys.readouterr().out)["text"] == first["text"]
 
 
+def test_weights_can_be_used_in_fp8(folder, capsys, tmp_path):
+    flags = ("--device", "cpu", "--dtype", "fp8")
+    assert run("generate", folder, *flags, "--prompt", PROMPT, "--max-tokens", "9", "--seed", "4") == 0
+    expected = load(folder, device="cpu", dtype="fp8").generate(PROMPT, max_tokens=9, seed=4)
+    assert capsys.readouterr().out == expected + "\n"
+    (tmp_path / "text.txt").write_text("In the beginning there was a word. " * 40)
+    bits = []
+    for dtype in ("fp8", "float32"):
+        flags = ("--device", "cpu", "--dtype", dtype)
+        assert run("evaluate", folder, "--data", tmp_path / "text.txt", *flags, "--json") == 0
+        bits.append(json.loads(capsys.readouterr().out)["model"]["bits_per_byte"])
+    assert bits[0] != bits[1]
+    assert bits[0] == pytest.approx(bits[1], rel=0.02)
+
+
 def test_every_sampling_option_is_obeyed(folder, capsys):
     options = {"temperature": 1.7, "top_p": 0.6, "top_k": 5, "max_tokens": 14, "seed": 6}
     flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]

@@ -122,8 +122,8 @@ def test_absorbed_attention_over_the_cache_equals_expanded_attention(name):
     batch, cache = TokenBatch.from_sequences([ids]), new_cache(model)
     hidden = torch.randn(len(ids), 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     rotation = model._rotation(batch)
-    query = attention.queries(attention.compress_query(hidden))
-    before_latent, rope_key = attention.compress(hidden)
+    before_query, before_latent, rope_key = attention.compress(hidden)
+    query = attention.queries(before_query)
     latent = attention.kv_a_layernorm(before_latent)
     cache.append(latent, rope_key=rotate(rope_key[:, None], rotation=rotation)[:, 0], layer=1, batch=batch)
     expanded = attention.attend_expanded(
