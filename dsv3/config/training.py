@@ -70,7 +70,8 @@ class BatchConfig:
     multiple_of: int = 480
     """The ramp rounds down to multiples of this many sequences (and never below the start)."""
     micro_batch_sequences: int = 1
-    """Sequences of one forward and backward pass; gradients accumulate over the rest. Changes memory, not results."""
+    """Sequences of one forward and backward pass; gradients accumulate over the rest. Changes memory, not results (but
+    for which tokens share a scale in FP8)."""
 
     def __post_init__(self) -> None:
         require_positive(
