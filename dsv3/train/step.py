@@ -16,9 +16,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dsv3.batch import TokenBatch
-from dsv3.config import PretrainConfig
+from dsv3.config import PrecisionConfig, PretrainConfig
 from dsv3.errors import NonFiniteError
-from dsv3.model.precision import Fp8Precision, Precision, quantise_weights
+from dsv3.fp8.recipe import recipe_named
+from dsv3.model.precision import Precision, quantise_weights
 from dsv3.model.transformer import Transformer
 from dsv3.train.balance import max_violation, plain_top_k_counts, update_router_biases
 from dsv3.train.ema import WeightAverage
@@ -105,7 +106,7 @@ def train_step(state: TrainState, *, batches: Sequence[TokenBatch]) -> StepMetri
     precision = quantise_weights(state.model.weights_in_fp8(), config=config.precision)  # once, for all micro-batches
     whole = _count_whole_batch(state, batches=batches, precision=precision)
     run = partial(_forward_backward, state, whole=whole, mtp_weight=mtp_weight, precision=precision)
-    passes, norm = _passes_in_range(state, run=run, batches=batches, precision=precision)
+    passes, norm = _passes_in_range(state, run=run, batches=batches)
     _require_finite(state, passes=passes, norm=norm, batches=batches, run=run)
 
     state.optimizer.step(learning_rate=rate, gradient_norm=norm)
@@ -132,24 +133,27 @@ def train_step(state: TrainState, *, batches: Sequence[TokenBatch]) -> StepMetri
     )
 
 
-def _passes_in_range(
-    state: TrainState, *, run: _Run, batches: Sequence[TokenBatch], precision: Precision
-) -> tuple[_Passes, float]:
+def _passes_in_range(state: TrainState, *, run: _Run, batches: Sequence[TokenBatch]) -> tuple[_Passes, float]:
     """Run all micro-batches; return what they leave and the norm of their gradients, which are no longer scaled.
 
     A loss scale that throws gradients out of the range of numbers is halved, for this step, until they are in it.
     """
-    scale = state.config.precision.loss_scale or 1.0
-    if isinstance(precision, Fp8Precision) and not state.config.precision.loss_scale:
-        scale = precision.recipe.loss_scale
+    scale = _loss_scale(state.config.precision)
     while True:
         state.optimizer.forget_gradients()
         passes = run(batches=batches, loss_scale=scale)
         state.optimizer.divide_gradients(scale)
         norm = state.optimizer.gradient_norm()
-        if math.isfinite(norm) or scale <= 1:
+        lost = any(not math.isfinite(part.total.item()) for part in passes.parts)
+        if math.isfinite(norm) or lost or scale <= 1:
             return passes, norm
         scale /= 2
+
+
+def _loss_scale(config: PrecisionConfig) -> float:
+    if config.loss_scale or config.recipe == "original":
+        return config.loss_scale or 1.0
+    return recipe_named(config.recipe).loss_scale
 
 
 def _forward_backward(
