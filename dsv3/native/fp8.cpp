@@ -89,18 +89,23 @@ void quantise_tiles(const float* x, int64_t x_row, int64_t matrices, int64_t row
   }
 }
 
+// Row by row, not tile by tile: neighbours in memory are written one after the other.
 template <class F>
 void dequantise_tiles(const uint8_t* values, int64_t matrices, int64_t rows, int64_t columns, int64_t height,
                       int64_t width, const float* scales, float* output) {
-  const int64_t tiles = tiles_in(matrices, rows, columns, height, width);
+  const int64_t across = (columns + width - 1) / width, down = (rows + height - 1) / height;
 #pragma omp parallel for schedule(static)
-  for (int64_t index = 0; index < tiles; ++index) {
-    const Tile tile(index, rows, columns, columns, height, width);
-    for (int64_t row = 0; row < tile.rows; ++row)
-      for (int64_t c = 0; c < tile.columns; c += WIDTH) {
-        const int64_t at = tile.first + row * columns + c;
-        store_some(output + at, decode<F>(load_some(values + at, tile.columns - c)) * scales[index], tile.columns - c);
-      }
+  for (int64_t line = 0; line < matrices * rows; ++line) {
+    const float* of_row = scales + (line / rows * down + line % rows / height) * across;
+    for (int64_t tile = 0; tile < across; ++tile) {
+      const int64_t first = line * columns + tile * width, count = std::min(width, columns - tile * width);
+      const Vector scale = all(of_row[tile]);
+      int64_t c = 0;
+      for (; c + WIDTH <= count; c += WIDTH)
+        store(output + first + c, decode<F>(load_some(values + first + c, WIDTH)) * scale);
+      if (c < count)
+        store_some(output + first + c, decode<F>(load_some(values + first + c, count - c)) * scale, count - c);
+    }
   }
 }
 
