@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dsv3.batch import TokenBatch
-from dsv3.config import PretrainConfig
+from dsv3.config import PrecisionConfig, PretrainConfig
 from dsv3.model.interfaces import ModelOutput
 from dsv3.model.transformer import Transformer
 from dsv3.ops import attention
@@ -46,10 +46,15 @@ def published() -> PretrainConfig:
 
 @pytest.fixture(scope="session")
 def shrunk(published: PretrainConfig) -> PretrainConfig:
-    """The same with small widths and batches. Everything else, each rate and milestone too, is `v3_671b`'s own."""
+    """The same with small widths and batches. Everything else, each rate and milestone too, is `v3_671b`'s own.
+
+    But for the precision: these tests hold equations, in float64. FP8 is held to the report by tests/fp8/, and by
+    tests/model/test_precision.py and tests/train/test_precision.py.
+    """
     return replace(
         published,
         model=replace(published.model, **WIDTHS),
+        precision=PrecisionConfig(recipe="original"),
         batch=replace(published.batch, sequence_length=12, start_sequences=6, final_sequences=30, multiple_of=6),
         runtime=replace(published.runtime, device="cpu", dtype="float32", threads=1),
     )
