@@ -33,6 +33,20 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture
+def our_kernels() -> None:
+    """Compute with our kernels, or skip: where they do not compile, the plain forms are all there is."""
+    from dsv3.errors import CompilerError  # here, as below
+    from dsv3.native import choose_cpu_kernels
+    from dsv3.runtime.compiler import find_compiler
+
+    try:
+        find_compiler()
+    except CompilerError as error:
+        pytest.skip(str(error))
+    choose_cpu_kernels("native")
+
+
 @pytest.fixture(autouse=True)
 def default_cpu_kernels() -> Iterator[None]:
     """Let no test choose the kernels of the next."""

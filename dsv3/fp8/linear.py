@@ -70,11 +70,9 @@ class _Fp8Products(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, product: Fp8Product, *parameters: Tensor) -> tuple[Tensor, ...]:
         rows = product.kernels.quantise(x, form=product.activation)
         ctx.product, ctx.shapes = product, [(parameter.shape, parameter.dtype) for parameter in parameters]
-        if product.packed_input is not None:
-            ctx.save_for_backward(product.packed_input.packed, product.packed_input.scales)
-        elif product.input_is_kept:
+        if product.input_is_kept:
             ctx.save_for_backward(x)
-        else:
+        elif product.packed_input is None:
             ctx.save_for_backward(rows.values, rows.scales)
             ctx.tile = rows.tile
         return tuple(
@@ -115,9 +113,8 @@ def _input_over_tokens(ctx: Any, product: Fp8Product) -> OverTokens:
     """Return the input as Wgrad reads it, from whatever was kept of it."""
     kernels, form, groups = product.kernels, product.activation_over_tokens, product.rows_per_group
     if product.packed_input is not None:
-        packed, scales = ctx.saved_tensors
-        kept = PackedE5M6(packed=packed, scales=scales, columns=product.packed_input.columns)
-        return kernels.quantise_over_tokens(kernels.dequantise_e5m6(kept), form=form, rows_per_group=groups)
+        wide = kernels.dequantise_e5m6(product.packed_input)
+        return kernels.quantise_over_tokens(wide, form=form, rows_per_group=groups)
     if product.input_is_kept:
         (x,) = ctx.saved_tensors
         rows = kernels.quantise(x, form=product.activation)

@@ -134,9 +134,11 @@ void quantise_block_of_columns(const float* wide, int64_t rows, int64_t columns,
   }
 }
 
-template <class F>
-void quantise_columns(const float* x, int64_t x_row, int64_t columns, const int64_t* starts, int64_t tiles,
-                      bool power_of_two, uint8_t* values, float* scales) {
+// Quantise all columns of all tiles of rows. `copy` puts a block of the matrix into FP32 memory that stays in the cache:
+// copy(first row, rows, first column, columns, to), rows of which are COLUMN_BLOCK apart.
+template <class F, class Copy>
+void quantise_columns(Copy copy, int64_t columns, const int64_t* starts, int64_t tiles, bool power_of_two,
+                      uint8_t* values, float* scales) {
   const int64_t blocks = (columns + COLUMN_BLOCK - 1) / COLUMN_BLOCK;
 #pragma omp parallel
   {
@@ -146,34 +148,7 @@ void quantise_columns(const float* x, int64_t x_row, int64_t columns, const int6
       const int64_t tile = index / blocks, column = index % blocks * COLUMN_BLOCK, first = starts[tile];
       const int64_t rows = starts[tile + 1] - first, count = std::min(COLUMN_BLOCK, columns - column);
       wide.assign(rows * COLUMN_BLOCK, 0.0f);
-      for (int64_t row = 0; row < rows; ++row)
-        std::memcpy(&wide[row * COLUMN_BLOCK], x + (first + row) * x_row + column, count * sizeof(float));
-      quantise_block_of_columns<F>(wide.data(), rows, count, columns, power_of_two, values + first * columns + column,
-                                   scales + tile * columns + column);
-    }
-  }
-}
-
-// From 1 x `width` tiles to columns, by way of FP32 that never leaves the cache.
-template <class F>
-void requantise_columns(const uint8_t* kept, const float* kept_scales, int64_t width, int64_t columns,
-                        const int64_t* starts, int64_t tiles, bool power_of_two, uint8_t* values, float* scales) {
-  const int64_t blocks = (columns + COLUMN_BLOCK - 1) / COLUMN_BLOCK, across = (columns + width - 1) / width;
-#pragma omp parallel
-  {
-    std::vector<float> wide;
-#pragma omp for schedule(static)
-    for (int64_t index = 0; index < tiles * blocks; ++index) {
-      const int64_t tile = index / blocks, column = index % blocks * COLUMN_BLOCK, first = starts[tile];
-      const int64_t rows = starts[tile + 1] - first, count = std::min(COLUMN_BLOCK, columns - column);
-      wide.assign(rows * COLUMN_BLOCK, 0.0f);
-      for (int64_t row = 0; row < rows; ++row)
-        for (int64_t c = 0; c < count; c += WIDTH) {
-          // `width` is a multiple of WIDTH, so a vector has one scale.
-          const float scale = kept_scales[(first + row) * across + (column + c) / width];
-          const Bytes bytes = load_some(kept + (first + row) * columns + column + c, count - c);
-          store(&wide[row * COLUMN_BLOCK + c], decode<F>(bytes) * scale);
-        }
+      copy(first, rows, column, count, wide.data());
       quantise_block_of_columns<F>(wide.data(), rows, count, columns, power_of_two, values + first * columns + column,
                                    scales + tile * columns + column);
     }
@@ -237,14 +212,28 @@ extern "C" void fp8_dequantise_tiles(const uint8_t* values, int64_t matrices, in
 // Tile t has rows starts[t] to starts[t + 1]; values are row by row as x, scales are tile x column.
 extern "C" void fp8_quantise_columns(const float* x, int64_t x_row, int64_t columns, const int64_t* starts,
                                      int64_t tiles, int64_t power_of_two, int64_t two, uint8_t* values, float* scales) {
-  const auto run = two ? quantise_columns<E5M2> : quantise_columns<E4M3>;
-  run(x, x_row, columns, starts, tiles, power_of_two, values, scales);
+  const auto copy = [=](int64_t first, int64_t rows, int64_t column, int64_t count, float* to) {
+    for (int64_t row = 0; row < rows; ++row)
+      std::memcpy(to + row * COLUMN_BLOCK, x + (first + row) * x_row + column, count * sizeof(float));
+  };
+  const auto run = two ? quantise_columns<E5M2, decltype(copy)> : quantise_columns<E4M3, decltype(copy)>;
+  run(copy, columns, starts, tiles, power_of_two, values, scales);
 }
 
+// The same from E4M3 in 1 x `width` tiles; `width` is a multiple of WIDTH, so that a vector has one scale.
 extern "C" void fp8_requantise_columns(const uint8_t* kept, const float* kept_scales, int64_t width, int64_t columns,
                                        const int64_t* starts, int64_t tiles, int64_t power_of_two, uint8_t* values,
                                        float* scales) {
-  requantise_columns<E4M3>(kept, kept_scales, width, columns, starts, tiles, power_of_two, values, scales);
+  const int64_t across = (columns + width - 1) / width;
+  const auto copy = [=](int64_t first, int64_t rows, int64_t column, int64_t count, float* to) {
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t c = 0; c < count; c += WIDTH) {
+        const float scale = kept_scales[(first + row) * across + (column + c) / width];
+        const Bytes bytes = load_some(kept + (first + row) * columns + column + c, count - c);
+        store(to + row * COLUMN_BLOCK + c, decode<E4M3>(bytes) * scale);
+      }
+  };
+  quantise_columns<E4M3>(copy, columns, starts, tiles, power_of_two, values, scales);
 }
 
 extern "C" void fp8_dequantise_columns(const uint8_t* values, int64_t columns, const int64_t* starts, int64_t tiles,

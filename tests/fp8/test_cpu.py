@@ -7,13 +7,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsv3 import native
-from dsv3.errors import CompilerError
 from dsv3.fp8.cpu import CpuKernels
 from dsv3.fp8.e5m6 import dequantise_e5m6, quantise_e5m6
 from dsv3.fp8.gemm import HOPPER, HOPPER_PROMOTED
 from dsv3.fp8.kernels import PlainKernels
 from dsv3.fp8.quantise import BLOCKS, TILES, Form
-from dsv3.runtime.compiler import find_compiler
 
 PLAIN, FAST = PlainKernels(), CpuKernels()
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -25,13 +23,7 @@ FORMS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def our_kernels() -> None:
-    try:
-        find_compiler()
-    except CompilerError as error:
-        pytest.skip(str(error))
-    native.choose_cpu_kernels("native")
+pytestmark = pytest.mark.usefixtures("our_kernels")
 
 
 def same(a: Tensor, b: Tensor) -> bool:
