@@ -5,6 +5,7 @@ from dsv3.config.data import DataConfig, SourceConfig
 from dsv3.config.model import ModelConfig, YarnConfig
 from dsv3.config.precision import PrecisionConfig
 from dsv3.config.run import EvaluationConfig, PretrainConfig, RuntimeConfig, SnapshotConfig
+from dsv3.config.serving import EngineConfig
 from dsv3.config.training import (
     KEEP_ALL,
     BatchConfig,
@@ -19,6 +20,7 @@ __all__ = [
     "BalanceConfig",
     "BatchConfig",
     "DataConfig",
+    "EngineConfig",
     "EvaluationConfig",
     "LearningRateConfig",
     "ModelConfig",

@@ -20,10 +20,24 @@ class SamplingParams:
     """Only the likeliest tokens that together reach this probability are drawn from; 1 leaves all in."""
     top_k: int = 0
     """Only this many of the likeliest tokens are drawn from, before `top_p` looks at them; 0 leaves all in."""
+    min_p: float = 0.0
+    """Only tokens at least this share as likely as the likeliest one are drawn from; 0 leaves all in."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of every token that the answer has already."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit once for each time that the answer has it."""
+    repetition_penalty: float = 1.0
+    """Divides the logits above 0 of tokens that prompt or answer have already, and multiplies those below."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, what is added to its logit)."""
     seed: int | None = None
     """The same seed, prompt and settings give the same text; None draws a fresh seed."""
     stop: tuple[str, ...] = ()
     """Text at which generation ends; it is not part of the answer."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the answer as the model's end token does."""
+    ignore_end: bool = False
+    """Go on past the model's end token, as benchmarks want it."""
     max_tokens: int | None = 256
     """Tokens generated at most; None goes on to the end of the text or of the context."""
 

@@ -16,17 +16,20 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fopenmp", "-
 """OpenMP with the threads torch has; this processor's own instructions; errors of sqrt and exp are not looked up."""
 
 
-def compiled_library(name: str, *, sources: Sequence[Path], flags: Sequence[str] = FLAGS) -> Path:
+def compiled_library(
+    name: str, *, sources: Sequence[Path], headers: Sequence[Path] = (), flags: Sequence[str] = FLAGS
+) -> Path:
     """Return the shared library made of C++ `sources`, compiled now unless it was before.
 
     Its file name carries a hash of sources, flags, compiler and processor, so a change of any makes another file, and
-    a home folder shared by unlike machines serves all of them. Headers beside the sources count as sources.
+    a home folder shared by unlike machines serves all of them. Headers beside the sources count as sources, as do
+    `headers` from elsewhere.
 
     Raises:
         CompilerError: there is no C++ compiler here, it refuses the sources, or the result cannot be kept.
     """
     compiler = find_compiler()
-    library = cache_folder() / f"{name}-{_fingerprint(sources, compiler=compiler, flags=flags)}.so"
+    library = cache_folder() / f"{name}-{_fingerprint([*sources, *headers], compiler=compiler, flags=flags)}.so"
     if not library.exists():
         get_logger(__name__).info("compiling the %s kernels with %s, once: a few seconds", name, compiler.name)
         _compile(sources, compiler=compiler, flags=flags, library=library)

@@ -1,0 +1,95 @@
+"""What is asked of the engine, and what it says back, token by token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from dsv3.infer.constraint import Constraint
+from dsv3.infer.sampler import SamplingParams
+
+
+class FinishReason(StrEnum):
+    """Why generation ended."""
+
+    END_OF_TEXT = "end_of_text"
+    """The model wrote its end token, or one of `stop_token_ids`."""
+    STOP_STRING = "stop_string"
+    MAX_TOKENS = "max_tokens"
+    CONTEXT_LIMIT = "context_limit"
+    """Prompt and answer fill the context, or the engine's pages."""
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+    """Something broke while this request was computed; `TokenEvent.error` says what."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One text to be continued."""
+
+    id: str
+    """Unique among the requests that the engine has not finished."""
+    prompt_ids: Sequence[int]
+    params: SamplingParams
+    constraint: Constraint | None = None
+    """A grammar that the answer must obey; the engine advances it, so each request needs its own."""
+    num_logprobs: int | None = None
+    """Report each token's log-probability with those of so many likeliest ones (0: only its own); None reports none.
+
+    They are the model's own: before temperature, penalties, bias, grammar and top-k, top-p or min-p.
+    """
+    prompt_logprobs: bool = False
+    """Report log-probabilities of the prompt's tokens too, in the first event. The prompt is then read whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprob:
+    """Log-probability of one token where it stands, with the likeliest ones there."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """(token, log-probability), likeliest first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenEvent:
+    """What one step brought one request: some tokens, and perhaps its end."""
+
+    id: str
+    tokens: tuple[int, ...] = ()
+    """New tokens, several when drafts were accepted. The end token that finishes a request is not among them."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each of `tokens` where they were asked for."""
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    """In the first event, where asked for: one for each prompt token, None for the first."""
+    finish_reason: FinishReason | None = None
+    error: str = ""
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    """Prompt tokens that were found in the prefix cache, when the request was first read."""
+    num_drafted: int = 0
+    num_accepted: int = 0
+    """Drafts of this step, and those of them that were right."""
+
+
+@dataclass(kw_only=True)
+class EngineStats:
+    """Counts since the engine started, and what it holds now."""
+
+    num_waiting: int = 0
+    num_running: int = 0
+    num_pages: int = 0
+    num_pages_in_use: int = 0
+    num_pages_cached: int = 0
+    """Free to be taken, but still good as a prefix."""
+    num_steps: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_preemptions: int = 0
+    drafted_at: list[int] = field(default_factory=list)
+    """Drafts made, by place in the chain: index 0 is the first token ahead."""
+    accepted_at: list[int] = field(default_factory=list)
+    """Those of them that were right and counted."""
+    finished: dict[str, int] = field(default_factory=dict)
+    """Requests by finish reason."""

@@ -1,0 +1,72 @@
+"""What the engine needs of a model: three calls over a paged latent cache.
+
+`TorchRunner` (below) serves every device and type with the very model that trains. `infer/packed_runner.py` computes
+the same on a CPU from weights laid out for it, in FP32 or fewer bits.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from dsv3.batch import TokenBatch
+from dsv3.config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class States:
+    """What a pass leaves of each token."""
+
+    hidden: Float[Tensor, "token hidden"]
+    """After the final norm: what the output head eats."""
+    handed_on: Float[Tensor, "token hidden"]
+    """What the next MTP module reads, by `mtp_hidden_source`."""
+
+
+@runtime_checkable
+class Runner(Protocol):
+    """A model with room for `num_pages` pages of latent cache.
+
+    A batch holds pieces of sequences laid end to end; each piece has consecutive positions and goes on where its pages
+    are filled up to. `pages[i]` lists the pages of the i-th piece, the one with positions 0 to page_tokens - 1 first;
+    it reaches at least to the piece's last position. An entry that is already there is replaced. Pages start with
+    anything in them: what has not been written for a sequence is never read for it.
+    """
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture."""
+        ...
+
+    @property
+    def num_mtp_modules(self) -> int:
+        """MTP modules that can draft here."""
+        ...
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of latent cache that one token takes, over all layers, MTP modules included."""
+        ...
+
+    def make_pages(self, *, num_pages: int, page_tokens: int) -> None:
+        """Make room for the latent cache, in place of what was there."""
+        ...
+
+    def forward(self, batch: TokenBatch, *, pages: Sequence[Sequence[int]]) -> States:
+        """Read tokens through the main model."""
+        ...
+
+    def predict_ahead(
+        self, state: Float[Tensor, "token hidden"], *, depth: int, batch: TokenBatch, pages: Sequence[Sequence[int]]
+    ) -> States:
+        """Run MTP module `depth` on the states before it; `batch` has, in each place, the token one further on.
+
+        Positions are those of `state`. Its entries lie in the same pages, in a layer of their own.
+        """
+        ...
+
+    def logits(self, hidden: Float[Tensor, "token hidden"]) -> Float[Tensor, "token vocab"]:
+        """Return FP32 logits of the rows asked for, on the CPU."""
+        ...

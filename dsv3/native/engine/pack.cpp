@@ -1,0 +1,126 @@
+// Laying out weights for the engine, and one product with them: what packed.h describes.
+#include <atomic>
+
+#include "packed.h"
+
+namespace {
+
+// Numbers W[column][k] of one panel, columns beyond the last as zeros.
+void pack_floats(const float* w, int64_t stride, int64_t columns, int64_t depth, float* to) {
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t c = 0; c < PANEL; ++c) to[k * PANEL + c] = c < columns ? w[c * stride + k] : 0.0f;
+}
+
+uint16_t nearest_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7FFFFFFF) > 0x7F800000) return uint16_t(bits >> 16 | 0x40);  // NaN stays one
+  return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+void pack_bf16(const float* w, int64_t stride, int64_t columns, int64_t depth, uint16_t* to) {
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t c = 0; c < PANEL; ++c) to[k * PANEL + c] = c < columns ? nearest_bf16(w[c * stride + k]) : 0;
+}
+
+// Symmetric, to the nearest multiple of the group's largest / MOST; kept with OFFSET added, as unsigned numbers.
+template <int64_t GROUP, int MOST, int OFFSET, class Put>
+void quantise_panel(const float* w, int64_t stride, int64_t columns, int64_t depth, float* scales, Put put) {
+  for (int64_t c = 0; c < PANEL; ++c)
+    for (int64_t first = 0, group = 0; first < depth; first += GROUP, ++group) {
+      const int64_t end = std::min(first + GROUP, depth);
+      float top = 0;
+      if (c < columns)
+        for (int64_t k = first; k < end; ++k) top = std::max(top, std::fabs(w[c * stride + k]));
+      scales[group * PANEL + c] = top / MOST;
+      const float inverse = top > 0 ? MOST / top : 0.0f;
+      for (int64_t k = first; k < end; ++k)
+        put(k, c, int(std::nearbyintf(c < columns ? w[c * stride + k] * inverse : 0.0f)) + OFFSET);
+    }
+}
+
+void pack_int8(const float* w, int64_t stride, int64_t columns, int64_t depth, uint8_t* to, float* scales) {
+  std::memset(to, 0, round_up(depth, 4) * PANEL);
+  quantise_panel<TILE, 127, 128>(w, stride, columns, depth, scales, [&](int64_t k, int64_t c, int value) {
+    to[k / 4 * 4 * PANEL + c * 4 + k % 4] = uint8_t(value);
+  });
+}
+
+void pack_int4(const float* w, int64_t stride, int64_t columns, int64_t depth, uint8_t* to, float* scales) {
+  std::memset(to, 0, round_up(depth, 8) * PANEL / 2);
+  quantise_panel<HALF_TILE, 7, 8>(w, stride, columns, depth, scales, [&](int64_t k, int64_t c, int value) {
+    to[k / 8 * 4 * PANEL + c * 4 + k % 4] |= uint8_t(value << (k % 8 < 4 ? 0 : 4));
+  });
+}
+
+}  // namespace
+
+// Writes the FP32 matrix w (`columns` x `depth`, rows `stride` apart) as panels first_panel, ... of group `group`.
+extern "C" void pack_matrix(const Matrix* matrix, int64_t group, int64_t first_panel, const float* w, int64_t stride,
+                            int64_t columns) {
+  const int64_t depth = matrix->depth;
+#pragma omp parallel for schedule(static)
+  for (int64_t p = 0; p < div_up(columns, PANEL); ++p) {
+    const float* from = w + p * PANEL * stride;
+    const int64_t here = std::min(PANEL, columns - p * PANEL);
+    uint8_t* to = matrix->panel(group, first_panel + p);
+    float* scales = matrix->scales_of(group, first_panel + p);
+    switch (matrix->format) {
+      case FP32: pack_floats(from, stride, here, depth, reinterpret_cast<float*>(to)); break;
+      case BF16: pack_bf16(from, stride, here, depth, reinterpret_cast<uint16_t*>(to)); break;
+      case INT8: pack_int8(from, stride, here, depth, to, scales); break;
+      default: pack_int4(from, stride, here, depth, to, scales);
+    }
+  }
+}
+
+// The same for bytes that are E4M3 already, `scales` a block of 128 x 128. Returns how many of them are NaN.
+extern "C" int64_t pack_fp8(const Matrix* matrix, int64_t group, int64_t first_panel, const uint8_t* w, int64_t stride,
+                            const float* scales, int64_t columns) {
+  const int64_t depth = matrix->depth, blocks = div_up(depth, TILE);
+  std::atomic<int64_t> not_numbers{0};
+#pragma omp parallel for schedule(static)
+  for (int64_t p = 0; p < div_up(columns, PANEL); ++p) {
+    uint8_t* to = matrix->panel(group, first_panel + p);
+    int64_t bad = 0;
+    for (int64_t k = 0; k < depth; ++k)
+      for (int64_t c = 0; c < PANEL; ++c) {
+        const uint8_t byte = p * PANEL + c < columns ? w[(p * PANEL + c) * stride + k] : 0;
+        bad += (byte & 0x7F) == 0x7F;
+        to[k * PANEL + c] = byte;
+      }
+    std::copy_n(scales + p * PANEL / TILE * blocks, blocks, matrix->scales_of(group, first_panel + p));
+    not_numbers += bad;
+  }
+  return not_numbers;
+}
+
+extern "C" int64_t matrix_bytes(const Matrix* matrix) { return matrix->groups * matrix->panels() * matrix->panel_bytes(); }
+extern "C" int64_t matrix_scales(const Matrix* matrix) { return matrix->groups * matrix->panels() * matrix->panel_scales(); }
+extern "C" int64_t panel_columns() { return PANEL; }
+
+// y = x @ W.T for group `group` of the matrix.
+extern "C" void packed_linear(const Matrix* matrix, int64_t group, const float* x, int64_t x_row, int64_t rows, float* y,
+                              int64_t y_row) {
+  Rows from;
+  from.x = const_cast<float*>(x), from.stride = x_row;
+  std::vector<int8_t> values;
+  std::vector<float> scales;
+  std::vector<int32_t> sums;
+  if (matrix->in_integers()) {
+    from.value_stride = value_stride_of(matrix->depth), from.tiles = div_up(matrix->depth, TILE);
+    values.resize(rows * from.value_stride), scales.resize(rows * from.tiles), sums.resize(rows * from.tiles * 2);
+    from.values = values.data(), from.scales = scales.data(), from.sums = sums.data();
+#pragma omp parallel for schedule(static) if (rows > 8)
+    for (int64_t row = 0; row < rows; ++row) {
+      const Rows to = from.from(row);
+      quantise_row(to.x, matrix->depth, to.values, to.scales, to.sums);
+    }
+  }
+#pragma omp parallel
+  {
+    std::vector<float> room;
+#pragma omp for schedule(dynamic, 4)
+    for (int64_t p = 0; p < matrix->panels(); ++p) multiply_panel(*matrix, group, p, from, rows, y, y_row, room);
+  }
+}
