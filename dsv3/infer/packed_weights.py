@@ -117,13 +117,15 @@ class PackedMatrix:
         if self.record.format == Storage.FP8:
             self._fill_fp8(weight, name=name, group=group, first=first, columns=columns)
         else:
-            wide = (dequantise(weight) if isinstance(weight, Quantised) else weight).float()
+            wide = dequantise(weight) if isinstance(weight, Quantised) else weight
+            wide = wide if wide.dtype in (torch.float32, torch.bfloat16) else wide.float()
             wide = wide if wide.stride(1) == 1 else wide.contiguous()
             engine.library().pack_matrix(
                 ctypes.byref(self.record),
                 ctypes.c_int64(group),
                 ctypes.c_int64(first),
                 engine.address(wide),
+                ctypes.c_int64(wide.dtype == torch.bfloat16),
                 ctypes.c_int64(wide.stride(0)),
                 ctypes.c_int64(columns),
             )

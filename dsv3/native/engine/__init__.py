@@ -5,6 +5,7 @@ decoder.cpp, field by field.
 """
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
@@ -68,26 +69,30 @@ class Pass(ctypes.Structure):
     ]
 
 
-@cache
-def library() -> ctypes.CDLL:
-    """Return the compiled library; its functions take addresses.
+def open_library(*, flags: Sequence[str] = FLAGS) -> ctypes.CDLL:
+    """Compile the library, unless it was before, and return it; its functions take addresses.
 
     Raises:
         CompilerError: it cannot be compiled, or not be loaded.
     """
     folder = Path(__file__).parent
-    path = compiled_library(
-        "engine", sources=sorted(folder.glob("*.cpp")), headers=[folder.parent / "vector.h"], flags=FLAGS
-    )
+    headers = [folder.parent / "vector.h"]
+    path = compiled_library("engine", sources=sorted(folder.glob("*.cpp")), headers=headers, flags=flags)
     try:
-        loaded = ctypes.CDLL(str(path))
+        opened = ctypes.CDLL(str(path))
     except OSError as error:
         raise CompilerError(f"the engine's compiled library cannot be loaded: {error}") from error
     for name in ("matrix_bytes", "matrix_scales", "panel_columns", "pack_fp8"):
-        getattr(loaded, name).restype = _NUMBER
-    loaded.engine_new.restype = _ADDRESS
-    loaded.engine_delete.argtypes = [_ADDRESS]
-    return loaded
+        getattr(opened, name).restype = _NUMBER
+    opened.engine_new.restype = _ADDRESS
+    opened.engine_delete.argtypes = [_ADDRESS]
+    return opened
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """Return the library for this processor, opened once."""
+    return open_library()
 
 
 @cache

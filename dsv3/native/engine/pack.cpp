@@ -5,10 +5,18 @@
 
 namespace {
 
-// Numbers W[column][k] of one panel, columns beyond the last as zeros.
-void pack_floats(const float* w, int64_t stride, int64_t columns, int64_t depth, float* to) {
-  for (int64_t k = 0; k < depth; ++k)
-    for (int64_t c = 0; c < PANEL; ++c) to[k * PANEL + c] = c < columns ? w[c * stride + k] : 0.0f;
+// to[k][column] = convert(w[column][k]) for one panel, columns beyond the last as zeros. By blocks of k, so that what is
+// written lies in the first-level cache until its lines are full.
+template <class In, class Out, class Convert>
+void transpose(const In* w, int64_t stride, int64_t columns, int64_t depth, Out* to, Convert convert) {
+  constexpr int64_t BLOCK = 64;
+  for (int64_t first = 0; first < depth; first += BLOCK) {
+    const int64_t end = std::min(first + BLOCK, depth);
+    for (int64_t c = 0; c < columns; ++c)
+      for (int64_t k = first; k < end; ++k) to[k * PANEL + c] = convert(w[c * stride + k]);
+    for (int64_t c = columns; c < PANEL; ++c)
+      for (int64_t k = first; k < end; ++k) to[k * PANEL + c] = Out(0);
+  }
 }
 
 uint16_t nearest_bf16(float x) {
@@ -18,9 +26,11 @@ uint16_t nearest_bf16(float x) {
   return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-void pack_bf16(const float* w, int64_t stride, int64_t columns, int64_t depth, uint16_t* to) {
-  for (int64_t k = 0; k < depth; ++k)
-    for (int64_t c = 0; c < PANEL; ++c) to[k * PANEL + c] = c < columns ? nearest_bf16(w[c * stride + k]) : 0;
+float widened(uint16_t bf16) {
+  const uint32_t bits = uint32_t(bf16) << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
 }
 
 // Symmetric, to the nearest multiple of the group's largest / MOST; kept with OFFSET added, as unsigned numbers.
@@ -55,21 +65,38 @@ void pack_int4(const float* w, int64_t stride, int64_t columns, int64_t depth, u
 
 }  // namespace
 
-// Writes the FP32 matrix w (`columns` x `depth`, rows `stride` apart) as panels first_panel, ... of group `group`.
-extern "C" void pack_matrix(const Matrix* matrix, int64_t group, int64_t first_panel, const float* w, int64_t stride,
-                            int64_t columns) {
+// Writes the matrix w (`columns` x `depth`, rows `stride` apart; FP32, or BF16) as panels first_panel, ... of a group.
+extern "C" void pack_matrix(const Matrix* matrix, int64_t group, int64_t first_panel, const void* w, int64_t in_bf16,
+                            int64_t stride, int64_t columns) {
   const int64_t depth = matrix->depth;
-#pragma omp parallel for schedule(static)
-  for (int64_t p = 0; p < div_up(columns, PANEL); ++p) {
-    const float* from = w + p * PANEL * stride;
-    const int64_t here = std::min(PANEL, columns - p * PANEL);
-    uint8_t* to = matrix->panel(group, first_panel + p);
-    float* scales = matrix->scales_of(group, first_panel + p);
-    switch (matrix->format) {
-      case FP32: pack_floats(from, stride, here, depth, reinterpret_cast<float*>(to)); break;
-      case BF16: pack_bf16(from, stride, here, depth, reinterpret_cast<uint16_t*>(to)); break;
-      case INT8: pack_int8(from, stride, here, depth, to, scales); break;
-      default: pack_int4(from, stride, here, depth, to, scales);
+#pragma omp parallel
+  {
+    std::vector<float> wide(in_bf16 && matrix->in_integers() ? PANEL * depth : 0);
+#pragma omp for schedule(static)
+    for (int64_t p = 0; p < div_up(columns, PANEL); ++p) {
+      const float* from = static_cast<const float*>(w) + p * PANEL * stride;
+      const uint16_t* narrow = static_cast<const uint16_t*>(w) + p * PANEL * stride;
+      const int64_t here = std::min(PANEL, columns - p * PANEL);
+      uint8_t* to = matrix->panel(group, first_panel + p);
+      float* scales = matrix->scales_of(group, first_panel + p);
+      if (matrix->format == FP32) {
+        float* floats = reinterpret_cast<float*>(to);
+        if (in_bf16) transpose(narrow, stride, here, depth, floats, widened);
+        else transpose(from, stride, here, depth, floats, [](float x) { return x; });
+      } else if (matrix->format == BF16) {
+        uint16_t* halves = reinterpret_cast<uint16_t*>(to);
+        if (in_bf16) transpose(narrow, stride, here, depth, halves, [](uint16_t x) { return x; });
+        else transpose(from, stride, here, depth, halves, nearest_bf16);
+      } else {
+        int64_t from_stride = stride;
+        if (in_bf16) {
+          for (int64_t c = 0; c < here; ++c)
+            for (int64_t k = 0; k < depth; ++k) wide[c * depth + k] = widened(narrow[c * stride + k]);
+          from = wide.data(), from_stride = depth;
+        }
+        if (matrix->format == INT8) pack_int8(from, from_stride, here, depth, to, scales);
+        else pack_int4(from, from_stride, here, depth, to, scales);
+      }
     }
   }
 }
@@ -83,12 +110,10 @@ extern "C" int64_t pack_fp8(const Matrix* matrix, int64_t group, int64_t first_p
   for (int64_t p = 0; p < div_up(columns, PANEL); ++p) {
     uint8_t* to = matrix->panel(group, first_panel + p);
     int64_t bad = 0;
-    for (int64_t k = 0; k < depth; ++k)
-      for (int64_t c = 0; c < PANEL; ++c) {
-        const uint8_t byte = p * PANEL + c < columns ? w[(p * PANEL + c) * stride + k] : 0;
-        bad += (byte & 0x7F) == 0x7F;
-        to[k * PANEL + c] = byte;
-      }
+    transpose(w + p * PANEL * stride, stride, std::min(PANEL, columns - p * PANEL), depth, to, [&](uint8_t byte) {
+      bad += (byte & 0x7F) == 0x7F;
+      return byte;
+    });
     std::copy_n(scales + p * PANEL / TILE * blocks, blocks, matrix->scales_of(group, first_panel + p));
     not_numbers += bad;
   }
