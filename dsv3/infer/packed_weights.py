@@ -89,6 +89,7 @@ class PackedMatrix:
         library = engine.library()
         self._data = torch.empty(library.matrix_bytes(ctypes.byref(self.record)), dtype=torch.uint8)
         self._scales = torch.empty(library.matrix_scales(ctypes.byref(self.record)), dtype=torch.float32)
+        library.in_large_pages(engine.address(self._data), ctypes.c_int64(self._data.nbytes))
         self.record.data, self.record.scales = self._data.data_ptr(), self._scales.data_ptr()
         self._unfilled = groups * len(part_columns)
 

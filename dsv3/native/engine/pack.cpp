@@ -1,4 +1,8 @@
 // Laying out weights for the engine, and one product with them: what packed.h describes.
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <atomic>
 
 #include "packed.h"
@@ -148,4 +152,14 @@ extern "C" void packed_linear(const Matrix* matrix, int64_t group, const float* 
 #pragma omp for schedule(dynamic, 4)
     for (int64_t p = 0; p < matrix->panels(); ++p) multiply_panel(*matrix, group, p, from, rows, y, y_row, room);
   }
+}
+
+// Asks for memory in pages of 2 MB before it is first written: fewer faults while it fills, fewer misses while it is read.
+extern "C" void in_large_pages(uint8_t* memory, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t LARGE = 2 << 20;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + LARGE - 1) / LARGE * LARGE;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / LARGE * LARGE;
+  if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // a wish: refused, all still works
+#endif
 }
