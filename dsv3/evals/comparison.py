@@ -13,6 +13,7 @@ from dsv3.errors import DataError
 from dsv3.evals.balance import ExpertLoad
 from dsv3.evals.baselines import NgramModel, Tokens, UnigramModel, xz_bits
 from dsv3.evals.perplexity import document_bits
+from dsv3.infer.runner import Runner
 from dsv3.model.transformer import Transformer
 
 ROWS_AT_ONCE = 1024
@@ -106,7 +107,7 @@ def scored_text(documents: Mapping[str, list[list[int]]], *, tokenizer: Tokenize
 
 
 def score_model(
-    model: Transformer,
+    model: Transformer | Runner,
     *,
     text: ScoredText,
     window: int,

@@ -15,6 +15,7 @@ from dsv3.errors import DataError
 from dsv3.evals.balance import ExpertLoad
 from dsv3.evals.baselines import Tokens
 from dsv3.evals.comparison import Score, ScoredText, rows_read, score_baselines, score_model, scored_text
+from dsv3.infer.runner import Runner
 from dsv3.model.transformer import Transformer
 from dsv3.train.validation import held_out_documents
 
@@ -40,7 +41,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: Transformer,
+    model: Transformer | Runner,
     *,
     text: ScoredText,
     tokenizer: Tokenizer,

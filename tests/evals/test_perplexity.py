@@ -5,9 +5,13 @@ import pytest
 import torch
 
 from dsv3.batch import TokenBatch
+from dsv3.checkpoint.names import published_layout
 from dsv3.config import ModelConfig
 from dsv3.evals.balance import ExpertLoad
 from dsv3.evals.perplexity import TOKENS_AT_ONCE, document_bits
+from dsv3.infer.packed_model import pack_from_state
+from dsv3.infer.packed_runner import PackedRunner
+from dsv3.infer.packed_weights import formats_named
 from dsv3.model.transformer import Transformer
 
 SMALL = ModelConfig(
@@ -85,3 +89,15 @@ def test_a_model_without_experts_has_no_expert_load():
     load = ExpertLoad()
     document_bits(dense, documents=random_documents(4), window=8, load=load)
     assert load.max_violations() == []
+
+
+def test_an_engines_runner_scores_as_the_model_does(model, our_kernels):
+    documents = [
+        torch.randint(0, 50, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+        for length in (3, 90, 2, 65)
+    ]
+    packed = pack_from_state(
+        model.state_dict(), config=SMALL, layout=published_layout(SMALL), formats=formats_named("fp32")
+    )
+    expected = document_bits(model, documents=documents, window=30)
+    assert document_bits(PackedRunner(packed), documents=documents, window=30) == pytest.approx(expected, rel=1e-5)
