@@ -29,6 +29,8 @@ class TokenBatch:
     """The token to predict at each place; `IGNORE` is not trained on."""
     weights: Float[Tensor, " token"] | None = None
     """Weight of each target in the loss; absent means 1."""
+    first_positions: tuple[int, ...] | None = None
+    """Position of the first token of each sequence, where the caller knows it; see `firsts`."""
 
     @classmethod
     def from_rows(cls, rows: Int[Tensor, "row length_plus_one"]) -> "TokenBatch":
@@ -39,6 +41,7 @@ class TokenBatch:
             positions=torch.arange(length, device=rows.device).repeat(num_rows),
             starts=torch.arange(num_rows + 1) * length,
             targets=rows[:, 1:].reshape(-1),
+            first_positions=(0,) * num_rows,
         )
 
     @classmethod
@@ -49,12 +52,27 @@ class TokenBatch:
             tokens=torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.long),
             positions=torch.cat([torch.arange(len(sequence)) for sequence in sequences]),
             starts=lengths.cumsum(0),
+            first_positions=(0,) * len(sequences),
         )
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each sequence."""
         return tuple(self.starts.diff().tolist())
+
+    @cached_property
+    def firsts(self) -> tuple[int, ...]:
+        """Position of the first token of each sequence, 0 for an empty one; on the CPU, so that no layer waits."""
+        if self.first_positions is not None:
+            return self.first_positions
+        positions = self.positions.tolist()
+        starts = self.starts.tolist()
+        return tuple(positions[start] if length else 0 for start, length in zip(starts, self.lengths, strict=False))
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """One more than the position of the last token of each sequence."""
+        return tuple(first + length for first, length in zip(self.firsts, self.lengths, strict=True))
 
     @property
     def num_tokens(self) -> int:
@@ -75,6 +93,7 @@ class TokenBatch:
             positions=self.positions.to(device),
             targets=None if self.targets is None else self.targets.to(device),
             weights=None if self.weights is None else self.weights.to(device),
+            first_positions=self.firsts,
         )
 
     @cached_property
@@ -99,4 +118,5 @@ class TokenBatch:
             starts=shortened,
             targets=None if self.targets is None else self.targets[keep + 1],
             weights=None if self.weights is None else self.weights[keep + 1],
+            first_positions=self.firsts,
         )

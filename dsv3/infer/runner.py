@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from dsv3.batch import TokenBatch
 from dsv3.config import ModelConfig
+from dsv3.infer.paged_cache import BoundPages, PagedLatentCache
+from dsv3.model.transformer import Transformer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,3 +73,74 @@ class Runner(Protocol):
     def logits(self, hidden: Float[Tensor, "token hidden"]) -> Float[Tensor, "token vocab"]:
         """Return FP32 logits of the rows asked for, on the CPU."""
         ...
+
+
+class TorchRunner:
+    """The model that trains, used: any device, any type that it computes in."""
+
+    def __init__(self, model: Transformer) -> None:
+        self._model = model
+        self._precision = model.stored_precision()
+        self._cache: PagedLatentCache | None = None
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture."""
+        return self._model.config
+
+    @property
+    def num_mtp_modules(self) -> int:
+        """MTP modules that can draft here."""
+        return len(self._model.mtp)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of latent cache that one token takes, over all layers, MTP modules included."""
+        width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
+        layers = self.config.num_hidden_layers + self.num_mtp_modules
+        return width * layers * self._model.embed_tokens.weight.dtype.itemsize
+
+    def make_pages(self, *, num_pages: int, page_tokens: int) -> None:
+        """Make room for the latent cache, in place of what was there."""
+        weight = self._model.embed_tokens.weight
+        self._cache = PagedLatentCache(
+            self.config,
+            num_pages=num_pages,
+            page_tokens=page_tokens,
+            num_mtp_modules=self.num_mtp_modules,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
+    def forward(self, batch: TokenBatch, *, pages: Sequence[Sequence[int]]) -> States:
+        """Read tokens through the main model."""
+        output = self._model(batch.to(self._device), cache=self._bound(batch, pages=pages), precision=self._precision)
+        return self._states(output.hidden, before_norm=output.before_norm)
+
+    def predict_ahead(
+        self, state: Float[Tensor, "token hidden"], *, depth: int, batch: TokenBatch, pages: Sequence[Sequence[int]]
+    ) -> States:
+        """Run MTP module `depth` on the states before it; `batch` has, in each place, the token one further on."""
+        output, _ = self._model.predict_ahead(
+            state,
+            depth=depth,
+            batch=batch.to(self._device),
+            cache=self._bound(batch, pages=pages),
+            precision=self._precision,
+        )
+        return self._states(output.hidden, before_norm=output.before_norm)
+
+    def logits(self, hidden: Float[Tensor, "token hidden"]) -> Float[Tensor, "token vocab"]:
+        """Return logits of the rows asked for, in FP32 at least, on the CPU."""
+        return self._model.logits(hidden).cpu()
+
+    @property
+    def _device(self) -> torch.device:
+        return self._model.embed_tokens.weight.device
+
+    def _bound(self, batch: TokenBatch, *, pages: Sequence[Sequence[int]]) -> BoundPages:
+        assert self._cache is not None, "make_pages comes first"
+        return self._cache.bound_to(pages, batch=batch)
+
+    def _states(self, hidden: Tensor, *, before_norm: Tensor) -> States:
+        return States(hidden=hidden, handed_on=hidden if self.config.mtp_hidden_source == "post_norm" else before_norm)

@@ -1,13 +1,26 @@
-"""From logits to the next token: greedy, temperature, top-k and top-p."""
+"""From logits to the next token: penalties and bias, grammar, temperature, top-k, top-p, min-p, in this order.
+
+Every draw is the largest of p / E, with a waiting time E for each token that is a function of (seed, place in the
+answer, token). So a draw does not depend on neighbours, on restarts, or on which unlikely tokens were looked at; and a
+draft that is drawn with the noise of the place it stands for tends to be the token that is drawn there.
+"""
 
 import math
+import secrets
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dsv3.errors import CheckpointError, ConfigError
+
+_LIKELIEST = 256
+"""Tokens looked at first: as a rule top-p and top-k leave fewer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +61,15 @@ class SamplingParams:
             raise ConfigError(f"top_p = {self.top_p}; it must be greater than 0 and at most 1")
         if self.top_k < 0:
             raise ConfigError(f"top_k = {self.top_k}; use 0 for all tokens, or a positive number")
+        if not 0 <= self.min_p <= 1:
+            raise ConfigError(f"min_p = {self.min_p}; it must be from 0 to 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"{name} = {getattr(self, name)}; use 0 for none, or a finite number")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise ConfigError(f"repetition_penalty = {self.repetition_penalty}; use 1 for none, or a positive number")
+        if any(token < 0 or math.isnan(bias) for token, bias in self.logit_bias):
+            raise ConfigError(f"logit_bias = {self.logit_bias}; it needs token ids from 0 on, and numbers")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed = {self.seed}; it must be 0 or more and less than 2**63")
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -56,69 +78,163 @@ class SamplingParams:
             raise ConfigError("an empty stop string would stop before the first word; leave it out")
 
 
-def seeded_generator(seed: int | None) -> torch.Generator:
-    """Return a random source for one request, on the CPU, so that a seed means the same on every device."""
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return generator
-
-
-def sample(
-    logits: Float[Tensor, "sequence vocab"],
-    *,
-    params: SamplingParams,
-    generator: torch.Generator,
-    vocab_size: int | None = None,
-) -> Int[Tensor, " sequence"]:
-    """Draw the next token of each sequence.
-
-    Ids from `vocab_size` on are never drawn: the published embedding has 129,280 rows for 128,815 tokens, and what
-    the unused rows score means nothing.
-    """
-    scores = logits[:, :vocab_size].float()
-    if scores.isnan().any():
-        raise CheckpointError(
-            "the model's logits are not numbers (NaN): its weights are damaged, or overflow in this dtype; "
-            "try dtype='float32'"
-        )
-    if params.temperature == 0:
-        return scores.argmax(dim=-1)
-    return draw(next_probabilities(scores, params=params), generator=generator)
-
-
 def next_probabilities(
     logits: Float[Tensor, "sequence vocab"], *, params: SamplingParams
 ) -> Float[Tensor, "sequence vocab"]:
-    """Return the distribution that is drawn from: after temperature, then top-k, then top-p.
+    """Return the distribution that is drawn from: after temperature, then top-k, then top-p, then min-p.
 
-    At temperature 0 all of it lies on the likeliest token.
+    The plain form; `likely_tokens` gives the same without looking at all tokens. At temperature 0 all of it lies on the
+    likeliest token.
     """
     if params.temperature == 0:
-        return torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
+        return torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).to(logits.dtype)
     # The largest logit is taken away first: otherwise a tiny temperature would divide it into infinity.
-    scores = (logits.float() - logits.float().amax(dim=-1, keepdim=True)) / params.temperature
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    scores = (wide - wide.amax(dim=-1, keepdim=True)) / params.temperature
     if 0 < params.top_k < scores.shape[-1]:
         scores = scores.masked_fill(~_top_k_mask(scores, count=params.top_k), -math.inf)
     probabilities = scores.softmax(dim=-1)
     if params.top_p < 1:
         kept = probabilities.masked_fill(~_top_p_mask(probabilities, share=params.top_p), 0.0)
         probabilities = kept / kept.sum(dim=-1, keepdim=True)
+    if params.min_p > 0:
+        least = params.min_p * probabilities.amax(dim=-1, keepdim=True)
+        kept = probabilities.masked_fill(probabilities < least, 0.0)
+        probabilities = kept / kept.sum(dim=-1, keepdim=True)
     return probabilities
 
 
-def draw(probabilities: Float[Tensor, "sequence vocab"], *, generator: torch.Generator) -> Int[Tensor, " sequence"]:
-    """Draw one index a row.
+def likely_tokens(
+    logits: Float[Tensor, " vocab"], *, params: SamplingParams
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Return the tokens that may be drawn and their probabilities, as `next_probabilities` has them.
 
-    Each index waits an exponential time at the rate of its probability, and the first one wins. Unlike a search in
-    the running sum this can never return an index of probability zero.
+    A few hundred of the likeliest are looked at first, and more only if they do not settle it. The temperature must not
+    be 0.
     """
-    noise = torch.empty(probabilities.shape, device=generator.device).exponential_(generator=generator)
-    # float32 noise can round to 0, and 0 / 0 is not a number.
-    waiting = noise.clamp_min(torch.finfo(torch.float32).tiny).to(probabilities.device)
-    return (probabilities / waiting).argmax(dim=-1)
+    # numpy rather than torch: its threads cost more than they bring for one row of logits.
+    vocab = logits.shape[0]
+    row = logits.detach().cpu().numpy()
+    scaled = (row.astype(np.float64) - row.max()) / params.temperature
+    weights = np.exp(scaled)
+    if params.top_k == 0 and params.top_p == 1 and params.min_p == 0:
+        return np.arange(vocab), weights / weights.sum()
+    top_k = params.top_k if 0 < params.top_k < vocab else None
+    total = None if top_k else weights.sum()
+    for count in (top_k,) if top_k else (min(vocab, _LIKELIEST), min(vocab, 16 * _LIKELIEST), vocab):
+        tokens = _highest(scaled, count=count)
+        probabilities = weights[tokens] / (total or weights[tokens].sum())
+        kept = len(tokens)
+        if params.top_p < 1:
+            kept = int((np.concatenate(([0.0], np.cumsum(probabilities)[:-1])) < params.top_p).sum())
+        if params.min_p > 0:
+            kept = min(kept, int((probabilities >= params.min_p * probabilities[0]).sum()))
+        if kept < count or top_k or count == vocab:
+            break
+    return tokens[:kept], probabilities[:kept] / probabilities[:kept].sum()
+
+
+def waiting_times(seed: int, *, place: int, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Return an exponentially distributed number for each token, a function of (seed, place, token) alone.
+
+    The bits are those of SplitMix64 (Steele, Lea and Flood, 2014), once over the seed and place, once over the token.
+    """
+    with np.errstate(over="ignore"):
+        start = _mixed(np.uint64(seed) + np.uint64(place) * np.uint64(0x9E3779B97F4A7C15))
+        bits = _mixed(_mixed(tokens.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + start) ^ start)
+    uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return -np.log(uniform)
+
+
+class TokenSampler:
+    """Draws the tokens of one answer, place by place. Drafts are drawn as if those before them had been accepted."""
+
+    def __init__(self, params: SamplingParams, *, prompt_ids: Sequence[int], vocab_size: int) -> None:
+        self.params = params
+        self.seed = secrets.randbits(63) if params.seed is None else params.seed
+        self._vocab_size = vocab_size
+        self._answer: Counter[int] = Counter()
+        self._prompt = set(prompt_ids) if params.repetition_penalty != 1 else set()
+        self._bias = dict(params.logit_bias)
+        self._counts = params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a draw is simply the likeliest token, unless a grammar forbids it."""
+        return self.params.temperature == 0 and not self._counts and not self._bias
+
+    def add(self, token: int) -> None:
+        """Take a token into the answer."""
+        if self._counts:
+            self._answer[token] += 1
+
+    def choose(
+        self,
+        logits: Float[Tensor, " vocab"],
+        *,
+        place: int,
+        drafts: Sequence[int] = (),
+        allowed: Bool[Tensor, " vocab"] | None = None,
+    ) -> int:
+        """Return the token at a place of the answer. `drafts` stand between what was added and this place.
+
+        Ids from `vocab_size` on are never drawn: the published embedding has 129,280 rows for 128,815 tokens, and what
+        the unused rows score means nothing.
+
+        Raises:
+            CheckpointError: the logits are not numbers.
+        """
+        scores = self._adjusted(logits[: self._vocab_size], drafts=drafts)
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed[: self._vocab_size], -math.inf)
+        best, token = scores.max(dim=0)
+        if math.isnan(best):
+            raise CheckpointError(NOT_NUMBERS)
+        if self.params.temperature == 0:
+            return int(token)
+        tokens, probabilities = likely_tokens(scores, params=self.params)
+        waits = waiting_times(self.seed, place=place, tokens=tokens)
+        return int(tokens[np.argmax(probabilities / waits)])
+
+    def _adjusted(self, logits: Float[Tensor, " vocab"], *, drafts: Sequence[int]) -> Float[Tensor, " vocab"]:
+        """Return logits after repetition, frequency and presence penalties, then bias."""
+        if not self._counts and not self._bias:
+            return logits
+        scores = logits.clone()
+        if self._counts:
+            answer = self._answer + Counter(drafts)
+            if self.params.repetition_penalty != 1:
+                seen = torch.tensor(sorted(self._prompt | answer.keys()))
+                here = scores[seen]
+                factor = self.params.repetition_penalty
+                scores[seen] = torch.where(here > 0, here / factor, here * factor)
+            if answer:
+                tokens, counts = torch.tensor(list(answer)), torch.tensor(list(answer.values()), dtype=scores.dtype)
+                scores[tokens] -= self.params.frequency_penalty * counts + self.params.presence_penalty
+        if self._bias:
+            scores[torch.tensor(list(self._bias))] += torch.tensor(list(self._bias.values()), dtype=scores.dtype)
+        return scores
+
+
+NOT_NUMBERS = (
+    "the model's logits are not numbers (NaN): its weights are damaged, or overflow in this type; try weights 'fp32'"
+)
+
+
+def _highest(scores: npt.NDArray[np.float64], *, count: int) -> npt.NDArray[np.int64]:
+    """Return the tokens of the `count` highest scores, highest first; of equal ones the lowest ids."""
+    tokens = np.arange(len(scores))
+    if count < len(scores):
+        least = np.partition(scores, len(scores) - count)[len(scores) - count]
+        tokens = np.flatnonzero(scores >= least)  # those equal to the last, all of them
+    return tokens[np.argsort(-scores[tokens], kind="stable")[:count]]
+
+
+def _mixed(x: "npt.NDArray[np.uint64] | np.uint64") -> "npt.NDArray[np.uint64]":
+    y = np.asarray(x, dtype=np.uint64)
+    y = (y ^ (y >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    y = (y ^ (y >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return y ^ (y >> np.uint64(31))
 
 
 def _top_k_mask(scores: Float[Tensor, "sequence vocab"], *, count: int) -> Bool[Tensor, "sequence vocab"]:

@@ -103,6 +103,7 @@ class ModelOutput:
 
     hidden: Float[Tensor, "token hidden"]
     """After the final norm: what the output head eats."""
+    before_norm: Float[Tensor, "token hidden"]
     mtp: tuple[MtpOutput, ...]
     """One entry for each MTP module that ran."""
     routings: tuple[Routing, ...]

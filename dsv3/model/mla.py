@@ -62,7 +62,7 @@ class LatentAttention(nn.Module):
         if cache is not None:
             turned = rotate(rope_key[:, None, :], rotation=rotation)[:, 0, :]
             cache.append(latent, rope_key=turned, layer=self.layer, batch=batch)
-        if cache is not None and not _nothing_cached_before(batch):
+        if cache is not None and any(batch.firsts):
             attended = self.attend_cached(query, batch=batch, rotation=rotation, cache=cache, precision=precision)
             return precision.products(attended.flatten(1), self.o_proj.weight, site=AFTER_ATTENTION)[0]
 
@@ -156,7 +156,7 @@ class LatentAttention(nn.Module):
             if start == end:
                 continue
             positions = batch.positions[start:end]
-            latent, rope_key = cache.rows(layer=self.layer, sequence=sequence, length=int(positions[-1]) + 1)
+            latent, rope_key = cache.rows(layer=self.layer, sequence=sequence, length=batch.ends[sequence])
             outputs.append(
                 latent_attention(
                     query_latent[start:end],
@@ -168,9 +168,3 @@ class LatentAttention(nn.Module):
                 )
             )
         return torch.einsum("thc,hvc->thv", torch.cat(outputs), value_up)
-
-
-def _nothing_cached_before(batch: TokenBatch) -> bool:
-    """Whether every sequence of the batch starts at position 0, so that its own tokens are all there is to see."""
-    firsts = batch.starts[:-1][batch.starts.diff() > 0]
-    return not batch.positions[firsts.to(batch.positions.device)].any()

@@ -95,7 +95,13 @@ class Transformer(nn.Module):
                 outputs.append(output)
                 routings.append(routing)
                 batches.append(ahead)
-        return ModelOutput(hidden=normed, mtp=tuple(outputs), routings=tuple(routings), routed_batches=tuple(batches))
+        return ModelOutput(
+            hidden=normed,
+            before_norm=hidden,
+            mtp=tuple(outputs),
+            routings=tuple(routings),
+            routed_batches=tuple(batches),
+        )
 
     def predict_ahead(
         self,

@@ -1,0 +1,395 @@
+"""The inference engine: many requests at once over one model, a step at a time.
+
+Each step is one pass over whatever is due: chunks of prompts, the newest token of requests that decode, and drafts to
+be verified. What a request is answered does not depend on the others: see docs/decisions/0005-engine.md.
+"""
+
+import time
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dsv3.batch import TokenBatch
+from dsv3.config import EngineConfig
+from dsv3.errors import CheckpointError, ConfigError, Dsv3Error
+from dsv3.infer.request import EngineStats, FinishReason, Request, TokenEvent, TokenLogprob
+from dsv3.infer.runner import Runner
+from dsv3.infer.sampler import NOT_NUMBERS, TokenSampler
+from dsv3.infer.scheduler import Scheduler, Work
+from dsv3.infer.sequence import Sequence
+from dsv3.infer.speculation import Chain, Drafter, DraftLength
+from dsv3.runtime.log import get_logger
+
+log = get_logger(__name__)
+
+
+@dataclass(kw_only=True, eq=False)
+class Outcome:
+    """What one pass brought one sequence."""
+
+    work: Work
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    num_accepted: int = 0
+    finish_reason: FinishReason | None = None
+    error: str = ""
+
+
+class Engine:
+    """Requests in, tokens out. It does nothing by itself: call `step` while it `has_work`, from one thread."""
+
+    def __init__(self, runner: Runner, *, config: EngineConfig, vocab_size: int, eos_id: int) -> None:
+        if config.max_drafts and not runner.num_mtp_modules:
+            raise ConfigError(
+                f"max_drafts = {config.max_drafts}, but the model has no MTP module to draft with; use max_drafts = 0"
+            )
+        runner.make_pages(num_pages=config.num_pages, page_tokens=config.page_tokens)
+        self.config = config
+        self._runner = runner
+        self._vocab_size = vocab_size
+        self._eos_id = eos_id
+        self._limit = min(runner.config.max_position_embeddings, config.num_pages * config.page_tokens)
+        self._scheduler = Scheduler(config)
+        self._drafter = Drafter(
+            runner,
+            num_modules=min(config.max_drafts, runner.num_mtp_modules),
+            end_ids=frozenset([eos_id]),
+            vocab_size=vocab_size,
+        )
+        self._draft_length = DraftLength(config.max_drafts, is_adaptive=config.adaptive_drafts)
+        self._sequences: dict[str, Sequence] = {}
+        self._num_arrived = 0
+        self._unsaid: list[TokenEvent] = []
+        self._stats = EngineStats(
+            num_pages=config.num_pages, drafted_at=[0] * config.max_drafts, accepted_at=[0] * config.max_drafts
+        )
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do or to tell."""
+        return bool(self._sequences or self._unsaid)
+
+    @property
+    def context_limit(self) -> int:
+        """Tokens that prompt and answer may have together: the model's context, or what all pages hold."""
+        return self._limit
+
+    def add(self, request: Request) -> None:
+        """Take in a request; its first tokens come with a later `step`.
+
+        Raises:
+            ConfigError: it can never be run: an empty prompt, ids outside the vocabulary, no room for an answer, or an
+                id that is in use.
+        """
+        self._refuse_what_cannot_run(request)
+        sampler = TokenSampler(request.params, prompt_ids=request.prompt_ids, vocab_size=self._vocab_size)
+        sequence = Sequence(
+            request=request, arrival=self._num_arrived, tokens=list(request.prompt_ids), sampler=sampler
+        )
+        self._num_arrived += 1
+        self._sequences[request.id] = sequence
+        self._scheduler.add(sequence)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request and free its pages now; its last event comes with the next step. Unknown ids are no error."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return
+        self._end(sequence, FinishReason.CANCELLED)
+        event = TokenEvent(
+            id=request_id,
+            finish_reason=FinishReason.CANCELLED,
+            num_prompt_tokens=sequence.num_prompt,
+            num_cached_tokens=sequence.num_cached or 0,
+        )
+        self._unsaid.append(event)
+
+    @torch.inference_mode()
+    def step(self) -> list[TokenEvent]:
+        """Run one pass, and return what it brought, request by request."""
+        events, self._unsaid = self._unsaid, []
+        began = time.perf_counter()
+        works = self._scheduler.next_work()
+        if not works:
+            return events
+        try:
+            outcomes = self._read(works)
+            num_wanted = self._draft_length.choose(num_sequences=len(works))
+            self._draft(outcomes, num_wanted=num_wanted)
+        except Exception as error:  # Whatever a model may raise: this step's requests fail, the engine goes on.
+            log.exception("a step failed; its %d requests are ended", len(works))
+            outcomes = [
+                Outcome(work=work, finish_reason=FinishReason.FAILED, error=str(error) or repr(error))
+                for work in works
+                if work.sequence.request.id in self._sequences
+            ]
+        else:
+            self._time(works, seconds=time.perf_counter() - began, num_wanted=num_wanted)
+        self._stats.num_steps += 1
+        return events + [event for outcome in outcomes if (event := self._event(outcome)) is not None]
+
+    def stats(self) -> EngineStats:
+        """Return counts since the start, and what is held now."""
+        pool = self._scheduler.pool
+        return replace(
+            self._stats,
+            num_waiting=len(self._scheduler.waiting),
+            num_running=len(self._scheduler.running),
+            num_pages_in_use=pool.num_held,
+            num_pages_cached=pool.num_kept,
+            num_preemptions=self._scheduler.num_preemptions,
+            drafted_at=list(self._stats.drafted_at),
+            accepted_at=list(self._stats.accepted_at),
+            finished=dict(self._stats.finished),
+        )
+
+    def check(self) -> None:
+        """Raise AssertionError unless pages, prefixes and requests agree, and nothing is held for nobody."""
+        self._scheduler.check()
+        known = {*self._scheduler.waiting, *self._scheduler.running}
+        assert known == set(self._sequences.values()), "a request is on one list and not on the other"
+
+    def _refuse_what_cannot_run(self, request: Request) -> None:
+        prompt, params = request.prompt_ids, request.params
+        if request.id in self._sequences:
+            raise ConfigError(f"request {request.id!r} is being worked on already; give each request an id of its own")
+        if not prompt:
+            raise ConfigError("the prompt has no tokens; give at least one, such as the model's bos_token_id")
+        check_ids(prompt, vocab_size=self._runner.config.vocab_size)
+        check_ids([token for token, _ in params.logit_bias], vocab_size=self._vocab_size, what="of logit_bias")
+        check_ids(params.stop_token_ids, vocab_size=self._vocab_size, what="of stop_token_ids")
+        if len(prompt) >= self._limit:
+            whose = "the model's context is"
+            if self._limit < self._runner.config.max_position_embeddings:
+                whose = "all pages of the engine's cache hold"
+            raise ConfigError(
+                f"the prompt has {len(prompt)} tokens, and {whose} {self._limit} tokens, prompt and answer together; "
+                f"shorten the prompt to at most {self._limit - 1}"
+            )
+
+    # ---- one pass ----
+
+    def _read(self, works: Items[Work]) -> list[Outcome]:
+        """Run the main model, draw what follows each sequence that was read to its end, and keep what was right."""
+        counts = [work.num_tokens for work in works]
+        starts = [0, *accumulate(counts)]
+        batch = TokenBatch(
+            tokens=torch.tensor([token for work in works for token in work.tokens]),
+            positions=torch.tensor(
+                [place for work in works for place in range(work.first, work.first + work.num_tokens)]
+            ),
+            starts=torch.tensor(starts),
+            first_positions=tuple(work.first for work in works),
+        )
+        states = self._runner.forward(batch, pages=[work.sequence.pages for work in works])
+        wanted = [rows_wanted(work) for work in works]
+        rows = [start + row for start, mine in zip(starts, wanted, strict=False) for row in mine]
+        logits = torch.empty(0, self._vocab_size)
+        if rows:
+            logits = self._runner.logits(states.hidden.index_select(0, torch.tensor(rows, device=states.hidden.device)))
+        best, tokens = logits[:, : self._vocab_size].max(dim=1)
+        likeliest = list(zip(best.tolist(), tokens.tolist(), strict=True))
+        outcomes = []
+        begin = 0
+        for work, mine, (first, end) in zip(works, wanted, pairwise(starts), strict=True):
+            part = slice(begin, begin + len(mine))
+            begin += len(mine)
+            outcome = self._take(work, logits=logits[part], likeliest=likeliest[part])
+            outcomes.append(outcome)
+            if outcome.finish_reason is None and self._drafter.num_modules:
+                standing = min(work.first + work.num_tokens, len(work.sequence.tokens) - 1) - work.first
+                self._drafter.keep(work.sequence, states.handed_on[first:end][:standing], first=work.first)
+        return outcomes
+
+    def _take(self, work: Work, *, logits: Float[Tensor, "row vocab"], likeliest: Items[tuple[float, int]]) -> Outcome:
+        """Draw and commit tokens of one sequence: one more than drafts that were right."""
+        outcome, sequence = Outcome(work=work), work.sequence
+        try:
+            skipped = self._score_prompt(work, logits)
+            sequence.num_computed = work.first + work.count
+            if work.reaches_end:
+                self._draw(outcome, logits=logits[skipped:], likeliest=likeliest[skipped:])
+        except Dsv3Error as error:
+            outcome.finish_reason, outcome.error = FinishReason.FAILED, str(error)
+        except Exception as error:  # A grammar is foreign code; what breaks in it ends its own request.
+            log.exception("request %s failed", sequence.request.id)
+            outcome.finish_reason, outcome.error = FinishReason.FAILED, repr(error)
+        self._count(work, outcome)
+        return outcome
+
+    def _draw(
+        self, outcome: Outcome, *, logits: Float[Tensor, "row vocab"], likeliest: Items[tuple[float, int]]
+    ) -> None:
+        """Draw token after token for as long as the drafts agree with what is drawn."""
+        sequence, drafts = outcome.work.sequence, outcome.work.drafts
+        request, constraint = sequence.request, sequence.request.constraint
+        for place, (best, token) in enumerate(likeliest):
+            if best != best:
+                raise CheckpointError(NOT_NUMBERS)
+            if constraint is not None or not sequence.sampler.is_plain:
+                allowed = None if constraint is None else constraint.allowed(vocab_size=self._vocab_size)
+                token = sequence.sampler.choose(logits[place], place=sequence.num_answer, allowed=allowed)
+            if self._ends(token, request):
+                outcome.finish_reason = FinishReason.END_OF_TEXT
+                return
+            if constraint is not None and not constraint.advance(token):
+                raise ConfigError(f"the grammar turned down token {token}, which it had allowed")
+            if request.num_logprobs is not None:
+                outcome.logprobs.append(
+                    logprob_of(logits[place, : self._vocab_size], token, num_top=request.num_logprobs)
+                )
+            sequence.tokens.append(token)
+            sequence.sampler.add(token)
+            outcome.tokens.append(token)
+            outcome.finish_reason = self._limit_reached(sequence)
+            is_right = place < len(drafts) and drafts[place] == token
+            sequence.num_computed += is_right
+            outcome.num_accepted += is_right
+            if outcome.finish_reason is not None or not is_right:
+                return
+
+    def _ends(self, token: int, request: Request) -> bool:
+        return (token == self._eos_id and not request.params.ignore_end) or token in request.params.stop_token_ids
+
+    def _limit_reached(self, sequence: Sequence) -> FinishReason | None:
+        most = sequence.request.params.max_tokens
+        if most is not None and sequence.num_answer >= most:
+            return FinishReason.MAX_TOKENS
+        return FinishReason.CONTEXT_LIMIT if len(sequence.tokens) >= self._limit else None
+
+    def _score_prompt(self, work: Work, logits: Float[Tensor, "row vocab"]) -> int:
+        """Note what the prompt's tokens of this pass were given; return how many rows of logits were for that."""
+        sequence, request = work.sequence, work.sequence.request
+        scored = prompt_rows(work)
+        if not scored:
+            return 0
+        if not sequence.prompt_logprobs:
+            sequence.prompt_logprobs.append(None)
+        for row in scored:
+            token = sequence.tokens[work.first + row + 1]
+            entry = logprob_of(logits[row, : self._vocab_size], token, num_top=request.num_logprobs or 0)
+            sequence.prompt_logprobs.append(entry)
+        return len(scored)
+
+    # ---- drafts ----
+
+    def _draft(self, outcomes: Items[Outcome], *, num_wanted: int) -> None:
+        """Let the MTP modules follow, and draft for the sequences that decode on."""
+        if not self._drafter.num_modules:
+            return
+        chains = []
+        for outcome in outcomes:
+            sequence = outcome.work.sequence
+            if outcome.finish_reason is not None:
+                continue
+            wanted = self._most_drafts(sequence, num_wanted=num_wanted) if outcome.work.reaches_end else 0
+            unread = sequence.mtp[0].unread
+            waits = wanted == 0 and outcome.work.reaches_end and unread is not None
+            if waits and unread is not None and len(unread) < self.config.page_tokens:
+                sequence.drafts = []
+                continue
+            chains.append(Chain(sequence=sequence, num_wanted=wanted))
+        if chains:
+            self._drafter.follow(chains)
+
+    def _most_drafts(self, sequence: Sequence, *, num_wanted: int) -> int:
+        """Return how many drafts are of use: the last token of an answer is drawn anyway, and each needs a page."""
+        left = self._limit - len(sequence.tokens)
+        if sequence.request.params.max_tokens is not None:
+            left = min(left, sequence.request.params.max_tokens - sequence.num_answer)
+        wanted = max(0, min(num_wanted, left - 1))
+        if wanted and not self._scheduler.reach_ahead(sequence, end=len(sequence.tokens) + wanted):
+            room = len(sequence.pages) * self.config.page_tokens
+            wanted = max(0, min(wanted, room - len(sequence.tokens)))
+        return wanted
+
+    def _time(self, works: Items[Work], *, seconds: float, num_wanted: int) -> None:
+        """Tell what a step took, if all it did was decode with one number of drafts."""
+        if self.config.max_drafts and all(work.count == 1 and len(work.drafts) == num_wanted for work in works):
+            self._draft_length.record(num_sequences=len(works), length=num_wanted, seconds=seconds)
+
+    # ---- what is told ----
+
+    def _count(self, work: Work, outcome: Outcome) -> None:
+        stats = self._stats
+        for place in range(len(work.drafts)):
+            stats.drafted_at[place] += 1
+            stats.accepted_at[place] += place < outcome.num_accepted
+        if work.drafts:
+            self._draft_length.record_drafts(drafted=len(work.drafts), accepted=outcome.num_accepted)
+        stats.num_generated_tokens += len(outcome.tokens)
+
+    def _event(self, outcome: Outcome) -> TokenEvent | None:
+        """Return what is to be told of an outcome, and end the request or make its pages known."""
+        work, sequence = outcome.work, outcome.work.sequence
+        if outcome.finish_reason is None:
+            end = sequence.num_computed
+            if self._drafter.num_modules:
+                end = min([end, *(past.done for past in sequence.mtp)])
+            self._scheduler.register(sequence, end=end)
+            if not outcome.tokens:
+                return None
+        first_time = not sequence.has_reported
+        sequence.has_reported = True
+        if first_time:
+            self._stats.num_prompt_tokens += sequence.num_prompt
+            self._stats.num_cached_tokens += sequence.num_cached or 0
+        if outcome.finish_reason is not None:
+            self._end(sequence, outcome.finish_reason)
+        return TokenEvent(
+            id=sequence.request.id,
+            tokens=tuple(outcome.tokens),
+            logprobs=tuple(outcome.logprobs),
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if first_time else (),
+            finish_reason=outcome.finish_reason,
+            error=outcome.error,
+            num_prompt_tokens=sequence.num_prompt,
+            num_cached_tokens=sequence.num_cached or 0,
+            num_drafted=len(work.drafts),
+            num_accepted=outcome.num_accepted,
+        )
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Forget a request. What it computed stays good as a prefix."""
+        del self._sequences[sequence.request.id]
+        self._scheduler.remove(sequence)
+        self._stats.finished[str(reason)] = self._stats.finished.get(str(reason), 0) + 1
+
+
+def prompt_rows(work: Work) -> range:
+    """Return the rows of a pass whose logits say what the prompt's next token was given; none unless asked for."""
+    sequence = work.sequence
+    if not sequence.request.prompt_logprobs or sequence.has_reported:
+        return range(0)
+    return range(max(0, min(work.count, sequence.num_prompt - 1 - work.first)))
+
+
+def rows_wanted(work: Work) -> list[int]:
+    """Return the rows whose logits are needed: of the prompt where asked for, then those that are drawn from."""
+    drawn = range(work.count - 1, work.num_tokens) if work.reaches_end else range(0)
+    return [*prompt_rows(work), *drawn]
+
+
+def logprob_of(logits: Float[Tensor, " vocab"], token: int, *, num_top: int) -> TokenLogprob:
+    """Return the log-probability of a token, with those of the likeliest ones."""
+    logprobs = logits.log_softmax(dim=-1)
+    top = logprobs.topk(min(num_top, len(logprobs)))
+    return TokenLogprob(
+        token=token,
+        logprob=float(logprobs[token]),
+        top=tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)),
+    )
+
+
+def check_ids(ids: Items[int], *, vocab_size: int, what: str = "") -> None:
+    """Raise ConfigError unless every id is one of `vocab_size`; names the first that is not, and its place."""
+    for place, token in enumerate(ids):
+        if not 0 <= token < vocab_size:
+            raise ConfigError(
+                f"token id {token} at place {place}{f' {what}' if what else ''} is outside the model's vocabulary of "
+                f"{vocab_size} (0 to {vocab_size - 1})"
+            )

@@ -1,0 +1,76 @@
+"""A request while the engine works on it."""
+
+from dataclasses import dataclass, field
+
+from jaxtyping import Float
+from torch import Tensor
+
+from dsv3.infer.pages import Key
+from dsv3.infer.request import Request, TokenLogprob
+from dsv3.infer.sampler import TokenSampler
+
+
+@dataclass(kw_only=True)
+class MtpPast:
+    """How far one MTP module has followed a sequence."""
+
+    done: int = 0
+    """Positions whose entries are in step: made from the tokens that now stand there."""
+    unread: Float[Tensor, "token hidden"] | None = None
+    """States from position `done` on that the module could not read yet, for want of the token further on."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Sequence:
+    """Tokens of one request, and where they stand in the cache."""
+
+    request: Request
+    arrival: int
+    tokens: list[int]
+    """Prompt, then answer."""
+    sampler: TokenSampler
+    keys: list[Key] = field(default_factory=list)
+    """Of every full page of `tokens`."""
+    pages: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    """Tokens that the cache has entries of; one fewer than there are tokens, while decoding."""
+    num_registered: int = 0
+    """Pages that can be found by others."""
+    drafts: list[int] = field(default_factory=list)
+    """What may follow; to be verified."""
+    mtp: list[MtpPast] = field(default_factory=list)
+    num_cached: int | None = None
+    """Tokens found in the cache when the request was first read."""
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    has_reported: bool = False
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_answer(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that are known and not computed."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether all but the newest token is computed."""
+        return self.num_pending == 1 and self.num_answer > 0
+
+    def start_over(self) -> None:
+        """Forget what was computed; the pages must have been let go of."""
+        self.pages, self.drafts, self.mtp = [], [], []
+        self.num_computed = self.num_registered = 0
+
+    def past_of(self, module: int, *, first: int) -> MtpPast:
+        """Return how far an MTP module has come; one that has not begun begins at position `first`."""
+        while len(self.mtp) <= module:
+            self.mtp.append(MtpPast(done=first))
+        return self.mtp[module]

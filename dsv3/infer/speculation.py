@@ -1,0 +1,223 @@
+"""Drafts by the MTP modules (report 5.4.3): tokens guessed ahead, to be verified by the main model in one pass.
+
+Module m reads, at position p, the state before it and token p + m + 1, as in training (model/mtp.py). Once the main
+model has read a token, the modules follow: their entries of the cache are made anew from the tokens that were really
+taken, and from its end the chain goes on with guesses. A chain longer than there are modules reads the last module's
+own output, one position further on.
+"""
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dsv3.batch import TokenBatch
+from dsv3.infer.runner import Runner
+from dsv3.infer.sequence import Sequence
+
+
+@dataclass(kw_only=True, eq=False)
+class Chain:
+    """A sequence that the modules follow, and the drafts that its chain has come to."""
+
+    sequence: Sequence
+    num_wanted: int
+    """Drafts; 0 where a prompt is not read to its end."""
+    drafts: list[int] = field(default_factory=list)
+    states: list[Float[Tensor, "token hidden"]] = field(default_factory=list)
+    """What the module before has just put out, from tokens that stand; the next module reads it first."""
+    guesses: Float[Tensor, "guess hidden"] | None = None
+    """What it made of drafts: good for this chain alone."""
+    is_broken: bool = False
+    """Whether the last draft could not be made, so that no further one can."""
+
+    def goes_on(self, step: int) -> bool:
+        """Whether draft number `step` (from 0) is to be made."""
+        return not self.is_broken and self.num_wanted > step == len(self.drafts)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Piece:
+    """Positions of one sequence in one pass of a module."""
+
+    chain: Chain
+    first: int
+    state: Float[Tensor, "token hidden"]
+    tokens: list[int]
+    """One further on than the module before reads."""
+    num_true: int
+    """Positions whose tokens all stand; those after them read drafts."""
+
+
+class Drafter:
+    """Runs the modules behind the main model. It keeps nothing: what is to be kept lies in the sequences."""
+
+    def __init__(self, runner: Runner, *, num_modules: int, end_ids: frozenset[int], vocab_size: int) -> None:
+        self.num_modules = num_modules
+        self._runner = runner
+        self._end_ids = end_ids
+        self._vocab_size = vocab_size
+
+    def keep(self, sequence: Sequence, state: Float[Tensor, "token hidden"], *, first: int) -> None:
+        """Lay states of the main model by until the modules follow; `first` is the position of the first of them."""
+        past = sequence.past_of(0, first=first)
+        for module in range(1, self.num_modules):
+            sequence.past_of(module, first=first)
+        past.unread = state.clone() if past.unread is None else torch.cat([past.unread, state])
+
+    def follow(self, chains: Items[Chain]) -> None:
+        """Bring all modules in step with the sequences, and leave drafts in these, where they are wanted."""
+        try:
+            for module in range(self.num_modules):
+                pieces = [piece for chain in chains if (piece := self._piece(chain, module=module)) is not None]
+                self._run(pieces, module=module)
+            for step in range(self.num_modules, max((chain.num_wanted for chain in chains), default=0)):
+                pieces = [self._piece_ahead(chain, step=step) for chain in chains if chain.goes_on(step)]
+                self._run(pieces, module=self.num_modules - 1, step=step)
+        finally:
+            for chain in chains:
+                chain.sequence.drafts = chain.drafts
+                constraint = chain.sequence.request.constraint
+                if constraint is not None and chain.drafts:
+                    constraint.roll_back(len(chain.drafts))
+
+    def _piece(self, chain: Chain, *, module: int) -> _Piece | None:
+        """Return what a module reads of one sequence: all that stands, and up to its end if it is to draft."""
+        sequence, tokens = chain.sequence, [*chain.sequence.tokens, *chain.drafts]
+        past = sequence.mtp[module]
+        states = [past.unread] if past.unread is not None else []
+        if module:
+            states += chain.states
+        rows = torch.cat(states) if states else None
+        num_states = 0 if rows is None else len(rows)
+        last_true = len(sequence.tokens) - 2 - module
+        num_true = max(0, min(num_states, last_true + 1 - past.done))
+        past.unread = None if rows is None or num_true == num_states else rows[num_true:].clone()
+        first, past.done = past.done, past.done + num_true
+        count = num_true
+        if chain.goes_on(module):
+            assert rows is not None
+            count = len(sequence.tokens) - 1 - first
+            if chain.guesses is not None:
+                rows = torch.cat([rows, chain.guesses])
+        chain.states, chain.guesses = [], None
+        if rows is None or count == 0:
+            return None
+        return _Piece(
+            chain=chain,
+            first=first,
+            state=rows[:count],
+            tokens=tokens[first + module + 1 : first + module + 1 + count],
+            num_true=num_true,
+        )
+
+    def _piece_ahead(self, chain: Chain, *, step: int) -> _Piece:
+        """Return what the last module reads beyond its chain: its own state, and the newest draft."""
+        assert chain.guesses is not None
+        first = len(chain.sequence.tokens) - 1 + step - self.num_modules
+        return _Piece(chain=chain, first=first, state=chain.guesses[-1:], tokens=chain.drafts[-1:], num_true=0)
+
+    def _run(self, pieces: Items[_Piece], *, module: int, step: int | None = None) -> None:
+        if not pieces:
+            return
+        counts = [len(piece.tokens) for piece in pieces]
+        batch = TokenBatch(
+            tokens=torch.tensor([token for piece in pieces for token in piece.tokens]),
+            positions=torch.tensor([piece.first + place for piece in pieces for place in range(len(piece.tokens))]),
+            starts=torch.tensor([0, *counts]).cumsum(0),
+            first_positions=tuple(piece.first for piece in pieces),
+        )
+        states = self._runner.predict_ahead(
+            torch.cat([piece.state for piece in pieces]),
+            depth=module,
+            batch=batch,
+            pages=[piece.chain.sequence.pages for piece in pieces],
+        )
+        outputs = states.handed_on.split(counts)
+        number = module if step is None else step
+        drafting = [place for place, piece in enumerate(pieces) if piece.chain.goes_on(number)]
+        for piece, output in zip(pieces, outputs, strict=True):
+            piece.chain.states = [output[: piece.num_true]] if step is None else []
+            piece.chain.guesses = (
+                output[piece.num_true :] if step is None and module + 1 < self.num_modules else output[-1:]
+            )
+        if drafting:
+            logits = self._runner.logits(states.hidden.index_select(0, batch.starts[1:][drafting] - 1))
+            for row, place in zip(logits, drafting, strict=True):
+                self._draft(pieces[place].chain, row)
+
+    def _draft(self, chain: Chain, logits: Float[Tensor, " vocab"]) -> None:
+        """Draw the chain's next draft, as the token it stands for will be drawn; end tokens are not worth verifying."""
+        sequence = chain.sequence
+        constraint = sequence.request.constraint
+        allowed = None if constraint is None else constraint.allowed(vocab_size=self._vocab_size)
+        token = sequence.sampler.choose(
+            logits, place=sequence.num_answer + len(chain.drafts), drafts=chain.drafts, allowed=allowed
+        )
+        ends = token in self._end_ids or token in sequence.request.params.stop_token_ids
+        chain.is_broken = ends or (constraint is not None and not constraint.advance(token))
+        if not chain.is_broken:
+            chain.drafts.append(token)
+
+
+class DraftLength:
+    """How many drafts pay: the length that gives most tokens a second, by what was accepted and what steps took.
+
+    Acceptance is estimated for each place in the chain, time for each length and (roughly) number of sequences. Lengths
+    not timed yet are tried first; one that seems worse is tried again now and then, for texts change.
+    """
+
+    TRIES = 3
+    """Steps of a length before its time is believed."""
+    PATIENCE = 64
+    """Steps after which a neighbour of the best length is tried again."""
+    RATE = 0.1
+    """Weight of the newest observation."""
+
+    def __init__(self, most: int, *, is_adaptive: bool) -> None:
+        self._most = most
+        self._is_adaptive = is_adaptive
+        self._accepted = [0.8 * 0.9**place for place in range(most)]
+        self._seconds: dict[tuple[int, int], float] = {}
+        self._tries: dict[tuple[int, int], int] = {}
+        self._steps = 0
+
+    def choose(self, *, num_sequences: int) -> int:
+        """Return how many drafts to make for each sequence of the next step."""
+        if not self._is_adaptive or self._most == 0 or num_sequences == 0:
+            return self._most
+        size = num_sequences.bit_length()
+        for length in (self._most, *range(self._most)):
+            if self._tries.get((size, length), 0) < self.TRIES:
+                return length
+        self._steps += 1
+        best = max(range(self._most + 1), key=lambda length: self.tokens_per_second(length, size=size))
+        if self._steps % self.PATIENCE < self.TRIES:
+            turn = self._steps // self.PATIENCE % 2
+            return min(best + 1, self._most) if turn else max(best - 1, 0)
+        return best
+
+    def tokens_per_second(self, length: int, *, size: int) -> float:
+        """Return what a length is expected to bring for one sequence."""
+        expected, chance = 1.0, 1.0
+        for place in range(length):
+            chance *= self._accepted[place]
+            expected += chance
+        return expected / self._seconds[size, length]
+
+    def record(self, *, num_sequences: int, length: int, seconds: float) -> None:
+        """Take in what a step of nothing but decoding took, in which so many drafts were verified and made."""
+        key = (num_sequences.bit_length(), length)
+        self._tries[key] = self._tries.get(key, 0) + 1
+        known = self._seconds.get(key, seconds)
+        # The first time of anything is the slowest; later ones count a little each, against noise.
+        is_new = self._tries[key] <= self.TRIES
+        self._seconds[key] = min(seconds, known) if is_new else known + self.RATE * (seconds - known)
+
+    def record_drafts(self, *, drafted: int, accepted: int) -> None:
+        """Take in how far one chain held: each place counts once those before it were right."""
+        for place in range(min(accepted + 1, drafted)):
+            seen = 1.0 if place < accepted else 0.0
+            self._accepted[place] += self.RATE * (seen - self._accepted[place])
