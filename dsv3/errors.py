@@ -8,6 +8,7 @@
     ├── SnapshotError       a training snapshot that cannot be written or read
     ├── TrainingError       a run that must stop
     │   └── NonFiniteError  a loss or gradient that is NaN or infinite
+    ├── EngineError         a request that broke while it was computed
     ├── CompilerError       C++ kernels that cannot be compiled here
     └── MissingExtraError   an optional dependency that is not installed
 
@@ -46,6 +47,10 @@ class TrainingError(Dsv3Error):
 
 class NonFiniteError(TrainingError):
     """A loss or gradient that is NaN or infinite."""
+
+
+class EngineError(Dsv3Error):
+    """A request that broke while it was computed."""
 
 
 class CompilerError(Dsv3Error):

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dsv3.cli.generate import (
+    Average,
     Device,
-    Dtype,
+    Drafts,
     ModelArgument,
     Seed,
     Stop,
@@ -63,8 +64,9 @@ def chat(
         typer.Option("--format", help="Turns in the model's chat format, or as one running text; auto asks the model."),
     ] = Format.AUTO,
     speed: Annotated[bool, typer.Option("--speed", help="Print tokens per second after each answer.")] = False,
-    weights: Weights = "trained",
-    dtype: Dtype = "auto",
+    weights: Weights = "auto",
+    average: Average = False,
+    drafts: Drafts = 0,
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
@@ -77,7 +79,7 @@ def chat(
     first_seed = secrets.randbelow(2**32) if seed is None else seed
     sampling_params(max_tokens=max_tokens, seed=first_seed, **settings)
     set_threads(threads)
-    loaded = load(model, dtype=dtype, device=device, weights=weights)
+    loaded = load(model, weights=weights, device=device, average=average, drafts=drafts)
     as_text = loaded.is_base if layout is Format.AUTO else layout is Format.TEXT
     settings["max_tokens"] = max_tokens or (64 if as_text else 1024)
     conversation = Conversation(loaded, system=system, as_text=as_text)

@@ -50,7 +50,7 @@ def convert(
     found = find_model(source)
     kind = getattr(torch, type_name)
     if found.is_snapshot:
-        model = load(source, dtype="float32", device="cpu").model
+        model = load(source, weights="fp32", device="cpu", plain=True).model
         save_published(
             model,
             folder=destination,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dsv3.cli.generate import Weights
 from dsv3.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Tokens the model sees at once; the length of its training rows.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, or fp8: one byte a weight.")] = "auto",
+    weights: Weights = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads; 0 takes all that this process may use.")] = 0,
 ) -> None:
@@ -70,7 +71,8 @@ def evaluate(
     if not paths and run is None:
         raise ConfigError(f"{model} is not a run folder and so has no held-out text; give text with --data PATH")
     set_threads(threads)
-    loaded = load(model, dtype=dtype, device=device)
+    # As a rule the model that trains is scored, which tells how it loads its experts; a format as it would be served.
+    loaded = load(model, weights=weights, device=device, plain=weights == "auto")
     config = None if run is None else read_config(run / "config.json")
     corpus = None if run is None or (paths and not baselines) else load_prepared(run / "corpus")
     if paths:
@@ -83,13 +85,13 @@ def evaluate(
     if baselines and run is not None and corpus is not None and config is not None:
         rows = training_rows(corpus, config=config, tokens=tokens_read(run))
     found = score_all(
-        loaded.model,
+        loaded.runner if weights != "auto" else loaded.model,
         text=text,
         tokenizer=loaded.tokenizer,
         window=min(window or loaded.trained_length, loaded.config.max_position_embeddings),
         rows=rows,
     )
-    if run is not None and not paths and baselines and max_tokens is None and window is None:
+    if run is not None and not paths and baselines and max_tokens is None and window is None and weights == "auto":
         write_json(found.as_dict(), path=run / "evaluation.json")
     typer.echo(json.dumps(found.as_dict(), ensure_ascii=False) if as_json else table(found))
 

@@ -21,8 +21,13 @@ Seed = Annotated[int | None, typer.Option(help="The same seed gives the same tex
 Stop = Annotated[
     list[str] | None, typer.Option(help="Text to stop at, not shown; may be given several times, a newline as $'\\n'.")
 ]
-Weights = Annotated[str, typer.Option(help="trained, or average: the moving average that a training run keeps.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, or fp8: one byte a weight.")]
+Weights = Annotated[
+    str, typer.Option(metavar="FORMAT", help="How weights are kept: auto (as stored), fp32, bf16, fp8, int8 or int4.")
+]
+Average = Annotated[bool, typer.Option("--average", help="Take the moving average of the weights that a run keeps.")]
+Drafts = Annotated[
+    int, typer.Option(min=0, help="Tokens that the MTP modules draft ahead at most, where it pays; 0 for none.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Threads = Annotated[int, typer.Option(help="CPU threads; 0 takes all that this process may use.")]
 
@@ -44,8 +49,9 @@ def generate(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object when done, instead of text as it comes.")
     ] = False,
-    weights: Weights = "trained",
-    dtype: Dtype = "auto",
+    weights: Weights = "auto",
+    average: Average = False,
+    drafts: Drafts = 0,
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
@@ -64,7 +70,7 @@ def generate(
     }
     sampling_params(**settings)  # A wrong option is refused before minutes go into loading.
     set_threads(threads)
-    loaded = load(model, dtype=dtype, device=device, weights=weights)
+    loaded = load(model, weights=weights, device=device, average=average, drafts=drafts)
     text = sys.stdin.read() if prompt == "-" else prompt
     stream = loaded.stream(text, **settings)
     if as_json:
@@ -85,14 +91,19 @@ def measured(stream: "TextStream") -> dict[str, Any]:
         "completion_tokens": stream.completion_tokens,
         "prompt_seconds": round(stream.prompt_seconds, 4),
         "tokens_per_second": round(stream.tokens_per_second, 2),
+        "drafted_tokens": stream.drafts[0],
+        "accepted_tokens": stream.drafts[1],
     }
 
 
 def speed_line(stream: "TextStream", *, seed: int) -> str:
     """Say how fast a text was made, why it ended, and what repeats it."""
     found = measured(stream)
+    drafts = ""
+    if found["drafted_tokens"]:
+        drafts = f"; {found['accepted_tokens']} of {found['drafted_tokens']} drafts right"
     return (
         f"[prompt: {found['prompt_tokens']} tokens in {found['prompt_seconds']:.2f} s; "
         f"answer: {found['completion_tokens']} tokens at {found['tokens_per_second']:.1f} tokens/s; "
-        f"ended by {found['finish_reason']}; seed {seed}]"
+        f"ended by {found['finish_reason']}{drafts}; seed {seed}]"
     )

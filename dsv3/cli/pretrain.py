@@ -96,10 +96,15 @@ def train(wanted: RunSettings) -> "PretrainResult":
     return result
 
 
+SAMPLE_CACHE_TOKENS = 4096
+"""Room for a prompt that validation continues, and for what follows it."""
+
+
 def greedy_sampler(wanted: RunSettings) -> "Callable[[Transformer, str], str]":
     """Return what continues the prompts at each validation: always the likeliest token, so that steps compare."""
     from dsv3.data.tokenizer import Tokenizer
     from dsv3.infer.loaded import LoadedModel
+    from dsv3.infer.runner import TorchRunner
 
     @cache
     def tokenizer() -> Tokenizer:
@@ -107,11 +112,12 @@ def greedy_sampler(wanted: RunSettings) -> "Callable[[Transformer, str], str]":
 
     def sample(model: "Transformer", prompt: str) -> str:
         loaded = LoadedModel(
-            model,
+            TorchRunner(model),
             tokenizer=tokenizer(),
             source=str(wanted.folder),
             is_base=True,
             trained_length=wanted.config.batch.sequence_length,
+            cache_tokens=min(model.config.max_position_embeddings, SAMPLE_CACHE_TOKENS),
         )
         return loaded.generate(prompt, max_tokens=wanted.config.evaluation.sample_tokens, temperature=0.0)
 

@@ -139,13 +139,13 @@ def score(config: "PretrainConfig", *, folder: Path, progress: "Progress") -> st
     """Score the model and its baselines on the held-out text, and write evaluation.json."""
     from dsv3.data.prepare import load_prepared
     from dsv3.evals.evaluation import evaluate, held_out_text, tokens_read, training_rows
-    from dsv3.infer.loaded import load
+    from dsv3.infer.loaded import FORMAT_OF_TYPE, load
     from dsv3.runtime.atomic import write_json
     from dsv3.runtime.device import set_threads
 
     set_threads(config.runtime.threads)
     corpus = load_prepared(folder / "corpus")
-    loaded = load(folder, dtype=config.runtime.dtype, device=config.runtime.device)
+    loaded = load(folder, weights=FORMAT_OF_TYPE[config.runtime.dtype], device=config.runtime.device, plain=True)
     evaluation = evaluate(
         loaded.model,
         text=held_out_text(corpus, max_tokens=config.evaluation.max_tokens),
@@ -162,10 +162,10 @@ def score(config: "PretrainConfig", *, folder: Path, progress: "Progress") -> st
 def draw_samples(config: "PretrainConfig", *, folder: Path, progress: "Progress") -> str:
     """Let the finished model continue the prompts at a temperature, and add the texts to samples.jsonl."""
     from dsv3.evals.evaluation import last_step
-    from dsv3.infer.loaded import load
+    from dsv3.infer.loaded import FORMAT_OF_TYPE, load
     from dsv3.runtime.atomic import whole_file
 
-    loaded = load(folder, dtype=config.runtime.dtype, device=config.runtime.device)
+    loaded = load(folder, weights=FORMAT_OF_TYPE[config.runtime.dtype], device=config.runtime.device)
     prompts = config.evaluation.sample_prompts or CLOSING_PROMPTS
     step = last_step(folder)["step"]
     drawn = []

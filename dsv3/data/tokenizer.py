@@ -189,14 +189,19 @@ class Tokenizer:
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @cached_property
+    def added_tokens(self) -> dict[int, str]:
+        """Ids and spellings of the tokens that no merge makes: the special ones, and the published placeholders."""
+        return {token: added.content for token, added in self._backend.get_added_tokens_decoder().items()}
+
+    @cached_property
     def _bytes_of_tokens(self) -> list[bytes]:
         table = [b""] * self.vocab_size
         for spelling, token in self._backend.get_vocab(with_added_tokens=False).items():
             table[token] = bytes(
                 BYTE_OF_CHARACTER[character] for character in spelling if character in BYTE_OF_CHARACTER
             )
-        for token, added in self._backend.get_added_tokens_decoder().items():
-            table[token] = added.content.encode()
+        for token, spelling in self.added_tokens.items():
+            table[token] = spelling.encode()
         return table
 
     @property

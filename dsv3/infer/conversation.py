@@ -1,14 +1,13 @@
-"""A conversation of several turns over one growing cache."""
+"""A conversation of several turns. What the turns before left in the cache is found there again, page by page."""
 
 from typing import Unpack
 
-from dsv3.infer.generate import CachedTokens
 from dsv3.infer.loaded import LoadedModel, SamplingSettings, sampling_params
 from dsv3.infer.text import TextStream
 
 
 class Conversation:
-    """Turns of a user and a model. Each turn computes only the tokens that are new.
+    """Turns of a user and a model. Each turn computes only the tokens that are new, and those of the last page.
 
     A model tuned to chat reads the turns in its tokenizer's chat format, and a conversation that outgrows its context
     is refused. A base model reads one running text: what the user wrote and how the model went on, a line break after
@@ -25,7 +24,6 @@ class Conversation:
     def reset(self) -> None:
         """Forget all turns, but not the system text."""
         self.turns: list[dict[str, str]] = []
-        self._cached = CachedTokens(self._loaded.model)
 
     def ask(self, question: str, **settings: Unpack[SamplingSettings]) -> TextStream:
         """Return the answer in pieces. Nothing is remembered until `remember` says what was said.
@@ -38,7 +36,7 @@ class Conversation:
             ids = self._text_ids(question, room=self._loaded.trained_length - (params.max_tokens or 0))
         else:
             ids = self._loaded.chat_ids([*self._opening, *self.turns, {"role": "user", "content": question}])
-        return self._loaded.stream_ids(ids, params=params, cached=self._cached)
+        return self._loaded.stream_ids(ids, params=params)
 
     def remember(self, question: str, *, answer: str) -> None:
         """Add a turn; an answer that was stopped half-way is remembered as far as it got."""

@@ -132,6 +132,24 @@ class Engine:
         self._stats.num_steps += 1
         return events + [event for outcome in outcomes if (event := self._event(outcome)) is not None]
 
+    @torch.inference_mode()
+    def read(self, ids: list[int]) -> Float[Tensor, "token vocab"]:
+        """Return the logits after each of the given tokens, read by themselves in one pass, between steps.
+
+        Raises:
+            ConfigError: ids outside the vocabulary, or more tokens than there are free pages for.
+        """
+        check_ids(ids, vocab_size=self._runner.config.vocab_size)
+        pool = self._scheduler.pool
+        pages = pool.take(-(-len(ids) // self.config.page_tokens))
+        if pages is None:
+            free = pool.num_available * self.config.page_tokens
+            raise ConfigError(f"{len(ids)} tokens do not fit the {free} that the cache has room for; give fewer")
+        try:
+            return self._runner.logits(self._runner.forward(TokenBatch.from_sequences([ids]), pages=[pages]).hidden)
+        finally:
+            pool.release(pages)
+
     def stats(self) -> EngineStats:
         """Return counts since the start, and what is held now."""
         pool = self._scheduler.pool
@@ -326,13 +344,13 @@ class Engine:
     def _event(self, outcome: Outcome) -> TokenEvent | None:
         """Return what is to be told of an outcome, and end the request or make its pages known."""
         work, sequence = outcome.work, outcome.work.sequence
-        if outcome.finish_reason is None:
+        if outcome.finish_reason is not FinishReason.FAILED:
             end = sequence.num_computed
             if self._drafter.num_modules:
                 end = min([end, *(past.done for past in sequence.mtp)])
             self._scheduler.register(sequence, end=end)
-            if not outcome.tokens:
-                return None
+        if outcome.finish_reason is None and not outcome.tokens:
+            return None
         first_time = not sequence.has_reported
         sequence.has_reported = True
         if first_time:

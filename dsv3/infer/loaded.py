@@ -1,6 +1,7 @@
 """A model that is ready to use: `dsv3.load(folder)` and what it returns."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TypedDict, Unpack
 
@@ -8,30 +9,44 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dsv3.batch import TokenBatch
 from dsv3.checkpoint.names import published_layout
 from dsv3.checkpoint.published import assemble, load_published
 from dsv3.checkpoint.snapshot import read_snapshot
 from dsv3.checkpoint.writer import FP8
-from dsv3.config import ModelConfig
+from dsv3.config import EngineConfig, ModelConfig
 from dsv3.config.files import read_config
 from dsv3.data.chat_template import render_chat
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import CheckpointError, ConfigError, TokenizerError
-from dsv3.infer.generate import CachedTokens, check_ids, stream
+from dsv3.infer.engine import Engine, check_ids
 from dsv3.infer.model_folder import ModelFolder, find_model
+from dsv3.infer.packed_loading import load_packed
+from dsv3.infer.packed_model import PackedModel, pack_from_state
+from dsv3.infer.packed_runner import PackedRunner
+from dsv3.infer.packed_weights import FORMATS
+from dsv3.infer.runner import Runner, TorchRunner
 from dsv3.infer.sampler import SamplingParams
+from dsv3.infer.stream import TokenStreams
 from dsv3.infer.text import TextStream
 from dsv3.model.transformer import Transformer
-from dsv3.runtime.device import DTYPES, choose_device, choose_dtype
+from dsv3.native import engine as native_engine
+from dsv3.runtime.device import available_memory, choose_device, choose_dtype
 from dsv3.runtime.log import get_logger
 
 log = get_logger(__name__)
 
-TYPES = ("auto", *DTYPES, "fp8")
-"""The types of weights that can be asked for."""
-WEIGHTS = ("trained", "average")
-"""The weights of a run that can be asked for: those of the last step, or their moving average."""
+WEIGHTS = ("auto", *FORMATS)
+"""The formats of weights that can be asked for."""
+PAGE_TOKENS = 16
+"""Of the cache of a model that is used in this process: what a conversation reads again at most."""
+CACHE_TOKENS = 16_384
+"""Tokens of all requests together that there is room for, or one whole context if that is more."""
+SHARE_OF_MEMORY = 0.3
+"""Of the memory that is free, what the cache may take."""
+MOST_SEQUENCES = 32
+FORMAT_OF_TYPE = {"auto": "auto", "float32": "fp32", "bfloat16": "bf16"}
+"""What a run calls a compute type, and what weights in it are called here."""
+_TYPE_OF_FORMAT = {format: name for name, format in FORMAT_OF_TYPE.items()}
 
 
 class _PlainSettings(TypedDict, total=False):
@@ -39,6 +54,13 @@ class _PlainSettings(TypedDict, total=False):
     temperature: float
     top_p: float
     top_k: int
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: tuple[tuple[int, float], ...]
+    stop_token_ids: tuple[int, ...]
+    ignore_end: bool
     seed: int | None
 
 
@@ -49,17 +71,27 @@ class SamplingSettings(_PlainSettings, total=False):
 
 
 class LoadedModel:
-    """A model with its tokenizer. It keeps nothing between calls, so one may serve many conversations.
+    """A model with its tokenizer. One may serve many conversations, side by side too.
 
     Sampling settings of `generate`, `stream`, `chat` and `stream_chat` (see `SamplingParams` for each):
-    max_tokens=256, temperature=0.8, top_p=0.95, top_k=0, seed=None, stop=(). Prompts that leave no room in the
-    context are refused; an answer that meets its end stops there, with a warning in the log.
+    max_tokens=256, temperature=0.8, top_p=0.95, top_k=0, min_p=0, penalties, seed=None, stop=(). Prompts that leave no
+    room in the context are refused; an answer that meets its end stops there, with a warning in the log. What was read
+    stays in the cache for texts that begin alike, until its room is needed.
     """
 
     def __init__(
-        self, model: Transformer, *, tokenizer: Tokenizer | None, source: str, is_base: bool, trained_length: int
+        self,
+        runner: Runner,
+        *,
+        tokenizer: Tokenizer | None,
+        source: str,
+        is_base: bool,
+        trained_length: int,
+        model: Transformer | None = None,
+        cache_tokens: int | None = None,
+        drafts: int = 0,
     ) -> None:
-        self.model = model
+        self.runner = runner
         self.source = source
         """Where the weights came from."""
         self.is_base = is_base
@@ -68,11 +100,37 @@ class LoadedModel:
         """Longest text, in tokens, that training has shown the model: a run's rows; `max_position_embeddings` where no
         run is at hand."""
         self._tokenizer = tokenizer
+        self._model = model
+        self._cache_tokens = cache_tokens
+        self._drafts = drafts
+
+    @property
+    def model(self) -> Transformer:
+        """The model that trains, where it was loaded as such."""
+        if self._model is None:
+            raise ConfigError(f"{self.source} was loaded for use; load(..., plain=True) gives the model that trains")
+        return self._model
+
+    @cached_property
+    def streams(self) -> TokenStreams:
+        """The engine that all answers come from."""
+        limit, wanted = self.config.max_position_embeddings, self._cache_tokens
+        where = torch.device("cpu") if self._model is None else self._model.embed_tokens.weight.device
+        wanted = max(CACHE_TOKENS, limit) if wanted is None else wanted
+        tokens = tokens_that_fit(self.runner, wanted=wanted, device=where)
+        config = EngineConfig(
+            page_tokens=PAGE_TOKENS,
+            num_pages=max(2, -(-tokens // PAGE_TOKENS)),
+            max_sequences=MOST_SEQUENCES,
+            max_drafts=self._drafts,
+        )
+        vocab_size = self.config.vocab_size if self._tokenizer is None else self._tokenizer.vocab_size
+        return TokenStreams(Engine(self.runner, config=config, vocab_size=vocab_size, eos_id=self.config.eos_token_id))
 
     @property
     def config(self) -> ModelConfig:
         """The architecture."""
-        return self.model.config
+        return self.runner.config
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -103,8 +161,7 @@ class LoadedModel:
                 f"{len(ids)} tokens were given, and the model's context is {self.config.max_position_embeddings}; "
                 "give fewer, or score them in parts"
             )
-        batch = TokenBatch.from_sequences([ids]).to(self.model.embed_tokens.weight.device)
-        return self.model.logits(self.model(batch).hidden).float().cpu()
+        return self.streams.engine.read(ids).float()
 
     def generate(self, prompt: str | list[int], **settings: Unpack[SamplingSettings]) -> str:
         """Return the continuation of `prompt`, without the prompt itself."""
@@ -142,17 +199,11 @@ class LoadedModel:
             raise ConfigError("the conversation has no messages; give at least one with the role 'user'")
         return self.tokenizer.encode(render_chat(self.tokenizer, messages=messages, add_generation_prompt=True))
 
-    def stream_ids(self, ids: list[int], *, params: SamplingParams, cached: CachedTokens | None = None) -> TextStream:
-        """Return the continuation of token ids; with `cached`, without computing again what it already holds."""
-        tokens = stream(
-            self.model,
-            prompt_ids=ids,
-            params=params,
-            vocab_size=self.tokenizer.vocab_size,
-            eos_id=self.config.eos_token_id,
-            cached=cached,
-        )
-        return TextStream(tokens, tokenizer=self.tokenizer, stop=params.stop, prompt_tokens=len(ids))
+    def stream_ids(self, ids: list[int], *, params: SamplingParams) -> TextStream:
+        """Return the continuation of token ids."""
+        tokenizer = self.tokenizer
+        tokens = self.streams.start(ids, params=params)
+        return TextStream(tokens, tokenizer=tokenizer, stop=params.stop, prompt_tokens=len(ids))
 
 
 def sampling_params(*, stop: str | Sequence[str] = (), **settings: Unpack[_PlainSettings]) -> SamplingParams:
@@ -160,60 +211,122 @@ def sampling_params(*, stop: str | Sequence[str] = (), **settings: Unpack[_Plain
     return SamplingParams(**settings, stop=(stop,) if isinstance(stop, str) else tuple(stop))
 
 
-def load(folder: str | Path, *, dtype: str = "auto", device: str = "auto", weights: str = "trained") -> LoadedModel:
+def tokens_that_fit(runner: Runner, *, wanted: int, device: torch.device) -> int:
+    """Return `wanted`, or as many tokens as the cache may hold of the memory that is free; never fewer than 64."""
+    return max(64, min(wanted, int(SHARE_OF_MEMORY * available_memory(device) / runner.bytes_per_token)))
+
+
+def load(
+    folder: str | Path,
+    *,
+    weights: str = "auto",
+    device: str = "auto",
+    average: bool = False,
+    plain: bool = False,
+    cache_tokens: int | None = None,
+    drafts: int = 0,
+) -> LoadedModel:
     """Load a model to use it: from a training run, from an export, or in the published format.
 
-    Of a run, the finished export is taken, else the newest snapshot. `dtype` is 'auto' (BF16 on CUDA, FP32 on CPU),
-    'float32', 'bfloat16', or 'fp8', which keeps the matrices of layers at one byte a weight, rounding them to FP8 if
-    they are not, and all else as 'auto' does. `device` is 'auto', 'cpu', 'cuda' or 'cuda:N'. `weights` 'average' takes
-    a run's moving average of the weights (report 3.2.3) from its newest snapshot instead of the weights themselves.
+    Of a run, the finished export is taken, else the newest snapshot; with `average` its moving average of the weights
+    (report 3.2.3). `weights` is how they are kept in memory: 'auto' as they are stored, 'fp32', 'bf16', 'fp8', or, on a
+    CPU, 'int8' or 'int4'; all but fp32 and what they are stored in round them. `device` is 'auto', 'cpu', 'cuda' or
+    'cuda:N'. On a CPU with a C++ compiler they are laid out for the engine, and computing is in FP32, or with int8 and
+    int4 in integers; with `plain`, or elsewhere, it is the model that trains, on CUDA in BF16 by default. `drafts` is
+    how many tokens the MTP modules draft ahead at most: it changes the speed, not the text. `cache_tokens` is the room
+    for all requests together.
 
     Raises:
         CheckpointError: the folder is none of these, or its weights do not fit its config.json.
-        ConfigError: a type there is none of, a device that is not here, or an average where none was kept.
+        ConfigError: a format there is none of here, a device that is not here, an average where none was kept, or
+            drafts of a model without MTP modules.
         TokenizerError: the tokenizer has more ids than the model has rows.
     """
     if weights not in WEIGHTS:
         raise ConfigError(f"weights = {weights!r}; choose one of {', '.join(repr(name) for name in WEIGHTS)}")
-    if dtype not in TYPES:
-        raise ConfigError(f"dtype = {dtype!r}; choose one of {', '.join(repr(name) for name in TYPES)}")
-    found = find_model(folder, snapshot_only=weights == "average")
-    if weights == "average" and not found.is_snapshot:
+    found = find_model(folder, snapshot_only=average)
+    if average and not found.is_snapshot:
         raise ConfigError(f"only a training run keeps an average of its weights; {found.weights} is no run folder")
     where = choose_device(device)
-    stored = FP8 if dtype == "fp8" else choose_dtype(dtype, device=where)
     run = None if found.run is None else read_config(found.run / "config.json")
-    if found.is_snapshot:
-        assert run is not None
-        model = _load_snapshot(found, config=run.model, weights=weights, dtype=stored, device=where)
+    model: Transformer | None = None
+    runner: Runner
+    if where.type == "cpu" and not plain and native_engine.available():
+        packed = _load_packed(found, run_model=None if run is None else run.model, weights=weights, average=average)
+        runner = PackedRunner(packed)
+        log.info("weights: %s, %.2f GB, laid out for the engine", packed.format_name, packed.num_bytes / 1e9)
     else:
-        model = load_published(found.weights, dtype=stored, device=where)
-    tokenizer = _load_tokenizer(found, config=model.config)
+        model = _load_transformer(
+            found, run_model=None if run is None else run.model, weights=weights, average=average, device=where
+        )
+        runner = TorchRunner(model)
+    tokenizer = _load_tokenizer(found, config=runner.config)
+    if drafts and not runner.num_mtp_modules:
+        raise ConfigError(f"drafts = {drafts}, but {found.weights} has no MTP module to draft with; use drafts = 0")
     return LoadedModel(
-        model.eval().requires_grad_(False),
+        runner,
         tokenizer=tokenizer,
-        source=f"{found.weights}{' (average)' if weights == 'average' else ''}",
+        source=f"{found.weights}{' (average)' if average else ''}",
         is_base=run is not None or tokenizer is None or not tokenizer.settings.get("chat_template"),
-        trained_length=model.config.max_position_embeddings if run is None else run.batch.sequence_length,
+        trained_length=runner.config.max_position_embeddings if run is None else run.batch.sequence_length,
+        model=model,
+        cache_tokens=cache_tokens,
+        drafts=drafts,
     )
 
 
-def _load_snapshot(
-    found: ModelFolder, *, config: ModelConfig, weights: str, dtype: torch.dtype, device: torch.device
+def _load_packed(found: ModelFolder, *, run_model: ModelConfig | None, weights: str, average: bool) -> PackedModel:
+    if not found.is_snapshot:
+        return load_packed(found.weights, weights=weights)
+    assert run_model is not None
+    named = _snapshot_tensors(found, average=average)
+    _check_fit(found, named=named, config=run_model)
+    name = "fp32" if weights == "auto" else weights
+    return pack_from_state(named, config=run_model, layout=published_layout(run_model), name=name)
+
+
+def _load_transformer(
+    found: ModelFolder, *, run_model: ModelConfig | None, weights: str, average: bool, device: torch.device
 ) -> Transformer:
-    """Make the model of a run's newest snapshot; training keeps its weights in FP32, `dtype` is what we use them in."""
+    if weights not in (*_TYPE_OF_FORMAT, "fp8"):
+        raise ConfigError(
+            f"weights = {weights!r} are for the engine's own C++ on a CPU, which is not in use here; "
+            "use 'fp8', 'bf16' or 'fp32'"
+        )
+    dtype = FP8 if weights == "fp8" else choose_dtype(_TYPE_OF_FORMAT[weights], device=device)
+    if not found.is_snapshot:
+        return load_published(found.weights, dtype=dtype, device=device).eval().requires_grad_(False)
+    assert run_model is not None
+    model = _load_snapshot(found, config=run_model, average=average, dtype=dtype, device=device)
+    return model.eval().requires_grad_(False)
+
+
+def _snapshot_tensors(found: ModelFolder, *, average: bool) -> dict[str, Tensor]:
+    """Return the weights of a run's newest snapshot by our names, or their average where there is one."""
     tensors, _ = read_snapshot(found.weights)
     named = dict(tensors["model"])
-    if weights == "average":
+    if average:
         if "average" not in tensors:
             raise ConfigError(f"{found.weights} has no average of the weights: the run had optim.ema_decay = 0")
         named |= tensors["average"]  # Router biases are not averaged and stay as they are.
+    return named
+
+
+def _check_fit(found: ModelFolder, *, named: dict[str, Tensor], config: ModelConfig) -> None:
     with torch.device("meta"):
         plain = Transformer(config)
     try:
         plain.load_state_dict(named, assign=True)
     except RuntimeError as error:
         raise CheckpointError(f"the snapshot {found.weights} does not fit {found.run}/config.json: {error}") from error
+
+
+def _load_snapshot(
+    found: ModelFolder, *, config: ModelConfig, average: bool, dtype: torch.dtype, device: torch.device
+) -> Transformer:
+    """Make the model of a run's newest snapshot; training keeps its weights in FP32, `dtype` is what we use them in."""
+    named = _snapshot_tensors(found, average=average)
+    _check_fit(found, named=named, config=config)
     layout = [tensor for tensor in published_layout(config) if not tensor.is_copy]
     return assemble(
         config, layout=layout, read=lambda tensor: tensor.part_of(named[tensor.source]), dtype=dtype, device=device

@@ -12,7 +12,7 @@ from dsv3.checkpoint.published import exchange_halves
 from dsv3.config import ModelConfig
 from dsv3.errors import ConfigError
 from dsv3.fp8.quantise import Quantised, dequantise
-from dsv3.infer.packed_weights import Formats, PackedMatrix, Storage
+from dsv3.infer.packed_weights import PackedMatrix, Storage, formats_named
 from dsv3.native import engine
 from dsv3.ops.rope import softmax_scale
 
@@ -47,8 +47,11 @@ class PackedMtp:
 class PackedModel:
     """All weights of a model, laid out; layers of MTP modules come after those of the main model."""
 
-    def __init__(self, config: ModelConfig, *, formats: Formats, num_mtp_modules: int) -> None:
+    def __init__(self, config: ModelConfig, *, name: str, num_mtp_modules: int) -> None:
         self.config = config
+        self.format_name = name
+        """How the weights are kept."""
+        formats = formats_named(name)
         self.num_mtp_modules = num_mtp_modules
         self._formats = formats
         moe = [config.is_moe_layer(layer) for layer in range(config.num_hidden_layers)] + [True] * num_mtp_modules
@@ -197,10 +200,13 @@ def pack_model(
     *,
     layout: Iterable[PublishedTensor],
     read: Callable[[PublishedTensor], Tensor | Quantised],
-    formats: Formats,
+    name: str,
 ) -> PackedModel:
-    """Return the model whose tensors `read` returns one by one, in the published order of eh_proj's halves."""
-    packed = PackedModel(config, formats=formats, num_mtp_modules=config.num_nextn_predict_layers)
+    """Return, in the format `name`, the model whose tensors `read` returns one by one.
+
+    eh_proj comes with its halves in the published order.
+    """
+    packed = PackedModel(config, name=name, num_mtp_modules=config.num_nextn_predict_layers)
     for tensor in layout:
         if not tensor.is_copy:
             packed.fill(tensor, read(tensor))
@@ -208,7 +214,7 @@ def pack_model(
 
 
 def pack_from_state(
-    state: dict[str, Tensor], *, config: ModelConfig, layout: Iterable[PublishedTensor], formats: Formats
+    state: dict[str, Tensor], *, config: ModelConfig, layout: Iterable[PublishedTensor], name: str
 ) -> PackedModel:
     """Return the packed form of a model at hand; its weights must not be in FP8."""
 
@@ -218,7 +224,7 @@ def pack_from_state(
 
     if any(value.dtype == torch.float8_e4m3fn for value in state.values()):
         raise ConfigError("the model at hand is in FP8; pack it from its folder instead")
-    return pack_model(config, layout=layout, read=read, formats=formats)
+    return pack_model(config, layout=layout, read=read, name=name)
 
 
 def _vector(value: Tensor | Quantised) -> Tensor:

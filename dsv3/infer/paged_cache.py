@@ -39,15 +39,12 @@ class PagedLatentCache:
 
 
 class BoundPages:
-    """A `LatentCache` for one batch."""
+    """A `LatentCache` for one batch, and for the batches that MTP modules make of it."""
 
     def __init__(self, cache: PagedLatentCache, *, pages: Sequence[Sequence[int]], batch: TokenBatch) -> None:
         self._cache = cache
         self._slots = [self._slots_of(table, end) for table, end in zip(pages, batch.ends, strict=True)]
-        mine = [
-            slots[end - length :] for slots, end, length in zip(self._slots, batch.ends, batch.lengths, strict=True)
-        ]
-        self._new = torch.cat(mine)
+        self._placed: tuple[TokenBatch, Int[Tensor, " token"]] | None = None
 
     def append(
         self,
@@ -55,11 +52,18 @@ class BoundPages:
         *,
         rope_key: Float[Tensor, "token rope"],
         layer: int,
-        batch: TokenBatch,  # noqa: ARG002 - the one this is bound to
+        batch: TokenBatch,
     ) -> None:
         """Keep the entries of all tokens of the batch, each at its own position."""
         entries = torch.cat([latent.detach(), rope_key.detach()], dim=-1).to(self._cache.storage.dtype)
-        self._cache.storage[layer].index_copy_(0, self._new, entries)
+        self._cache.storage[layer].index_copy_(0, self._places_of(batch), entries)
+
+    def _places_of(self, batch: TokenBatch) -> Int[Tensor, " token"]:
+        """Return where the batch's tokens go; the same for every layer, so it is worked out once a pass."""
+        if self._placed is None or self._placed[0] is not batch:
+            bounds = zip(self._slots, batch.firsts, batch.ends, strict=True)
+            self._placed = (batch, torch.cat([slots[first:end] for slots, first, end in bounds]))
+        return self._placed[1]
 
     def rows(
         self, *, layer: int, sequence: int, length: int

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dsv3.errors import CheckpointError, ConfigError
 
+_STEP = np.uint64(0x9E3779B97F4A7C15)
 _LIKELIEST = 256
 """Tokens looked at first: as a rule top-p and top-k leave fewer."""
 
@@ -139,9 +140,8 @@ def waiting_times(seed: int, *, place: int, tokens: npt.NDArray[np.int64]) -> np
 
     The bits are those of SplitMix64 (Steele, Lea and Flood, 2014), once over the seed and place, once over the token.
     """
-    with np.errstate(over="ignore"):
-        start = _mixed(np.uint64(seed) + np.uint64(place) * np.uint64(0x9E3779B97F4A7C15))
-        bits = _mixed(_mixed(tokens.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + start) ^ start)
+    start = _mixed(np.array([seed], dtype=np.uint64) + np.array([place], dtype=np.uint64) * _STEP)
+    bits = _mixed(_mixed(tokens.astype(np.uint64) * _STEP + start) ^ start)
     uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
     return -np.log(uniform)
 
@@ -230,9 +230,8 @@ def _highest(scores: npt.NDArray[np.float64], *, count: int) -> npt.NDArray[np.i
     return tokens[np.argsort(-scores[tokens], kind="stable")[:count]]
 
 
-def _mixed(x: "npt.NDArray[np.uint64] | np.uint64") -> "npt.NDArray[np.uint64]":
-    y = np.asarray(x, dtype=np.uint64)
-    y = (y ^ (y >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    y = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     y = (y ^ (y >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return y ^ (y >> np.uint64(31))
 

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 
 from dsv3.data.tokenizer import Tokenizer
-from dsv3.infer.generate import FinishReason, TokenStream
+from dsv3.infer.request import FinishReason
 from dsv3.infer.stop import StopStrings
+from dsv3.infer.stream import TokenStream
 from dsv3.runtime.log import get_logger
 
 log = get_logger(__name__)
@@ -45,6 +46,11 @@ class TextStream:
         seconds = self._tokens.decode_seconds
         return (self.completion_tokens - 1) / seconds if seconds > 0 else 0.0
 
+    @property
+    def drafts(self) -> tuple[int, int]:
+        """Tokens that MTP modules drafted, and those of them that were right."""
+        return self._tokens.num_drafted, self._tokens.num_accepted
+
     def __iter__(self) -> Iterator[str]:
         return self
 
@@ -67,4 +73,6 @@ class TextStream:
             return shown + self._stop.finish()
         shown = self._stop.add(self._decoder.add(token))
         self._ended = self._stop.found is not None
+        if self._ended:
+            self._tokens.close()
         return shown

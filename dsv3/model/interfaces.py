@@ -1,6 +1,6 @@
 """The two seams of the model, and the records that cross them.
 
-`LatentCache` is what serving plugs in (dsv3/infer/cache.py); without one the model trains.
+`LatentCache` is what serving plugs in (dsv3/infer/paged_cache.py); without one the model trains.
 `TokenDispatch` is what expert parallelism plugs in; on one device it is `model/moe.py: LocalDispatch`.
 """
 

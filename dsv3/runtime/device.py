@@ -1,6 +1,7 @@
 """Where to compute, in which number type, on how many threads. Each choice is said in the log."""
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -64,6 +65,17 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1  # macOS cannot be asked for less than the whole machine
+
+
+def available_memory(device: torch.device) -> int:
+    """Return the bytes of a device's memory that new allocations may take without pushing others out."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # no Linux: half of all there is
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def _describe(device: torch.device) -> str:

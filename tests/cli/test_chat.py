@@ -14,7 +14,7 @@ from dsv3.infer.conversation import Conversation
 from dsv3.infer.loaded import load
 from dsv3.model.transformer import Transformer
 
-OPTIONS = ("--device", "cpu", "--dtype", "float32", "--max-tokens", "6", "--temperature", "0")
+OPTIONS = ("--device", "cpu", "--weights", "fp32", "--max-tokens", "6", "--temperature", "0")
 GREEDY = {"max_tokens": 6, "temperature": 0.0}
 ROW_LENGTH = 48
 

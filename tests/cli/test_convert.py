@@ -174,8 +174,8 @@ def test_a_run_with_an_export_gives_the_export(tmp_path, run_folder, published):
 def test_what_was_converted_is_a_model_for_every_other_verb(tmp_path, run_folder):
     assert run(run_folder, tmp_path / "out", "--dtype", "fp32") == 0
     ids = [5, 17, 30]
-    expected = load(run_folder, dtype="float32", device="cpu").logits(ids)
-    assert torch.equal(load(tmp_path / "out", dtype="float32", device="cpu").logits(ids), expected)
+    expected = load(run_folder, weights="fp32", device="cpu").logits(ids)
+    assert torch.equal(load(tmp_path / "out", weights="fp32", device="cpu").logits(ids), expected)
 
 
 def test_shards_stay_below_the_size_asked_for(tmp_path, published):

@@ -70,7 +70,7 @@ def run(*arguments):
 
 
 def generate_text(folder, *arguments):
-    return run("generate", folder, "--device", "cpu", "--dtype", "float32", *arguments)
+    return run("generate", folder, "--device", "cpu", "--weights", "fp32", *arguments)
 
 
 def test_the_continuation_goes_to_standard_output_and_the_rest_to_standard_error(folder, capsys):
@@ -106,14 +106,14 @@ def test_a_fresh_seed_is_told_and_repeats_the_text(folder, capsys):
 
 
 def test_weights_can_be_used_in_fp8(folder, capsys, tmp_path):
-    flags = ("--device", "cpu", "--dtype", "fp8")
+    flags = ("--device", "cpu", "--weights", "fp8")
     assert run("generate", folder, *flags, "--prompt", PROMPT, "--max-tokens", "9", "--seed", "4") == 0
-    expected = load(folder, device="cpu", dtype="fp8").generate(PROMPT, max_tokens=9, seed=4)
+    expected = load(folder, device="cpu", weights="fp8").generate(PROMPT, max_tokens=9, seed=4)
     assert capsys.readouterr().out == expected + "\n"
     (tmp_path / "text.txt").write_text("In the beginning there was a word. " * 40)
     bits = []
-    for dtype in ("fp8", "float32"):
-        flags = ("--device", "cpu", "--dtype", dtype)
+    for weights in ("fp8", "fp32"):
+        flags = ("--device", "cpu", "--weights", weights)
         assert run("evaluate", folder, "--data", tmp_path / "text.txt", *flags, "--json") == 0
         bits.append(json.loads(capsys.readouterr().out)["model"]["bits_per_byte"])
     assert bits[0] != bits[1]
@@ -147,8 +147,8 @@ def test_the_defaults_are_those_of_the_python_interface():
         (["--seed", "-1"], "seed = -1"),
         (["--stop", ""], "empty stop string"),
         (["--threads", "-1"], "threads = -1"),
-        (["--dtype", "int4"], "int4"),
-        (["--weights", "average"], "is no run folder"),
+        (["--weights", "q4"], "q4"),
+        (["--average"], "is no run folder"),
         (["--prompt", "x" * 300], "the model's context is 40 tokens"),
     ],
 )

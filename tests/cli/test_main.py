@@ -54,7 +54,8 @@ def test_help_and_inspect_import_neither_torch_nor_numpy(arguments):
 
 
 def test_every_verb_of_the_list_is_registered_in_its_order():
-    names = [info.name for info in command_line.build_app(command_line.Options()).registered_commands]
+    app = command_line.build_app(command_line.Options())
+    names = [info.name for info in [*app.registered_commands, *app.registered_groups]]
     assert names == list(command_line.VERBS)
 
 

@@ -102,7 +102,7 @@ def test_the_evaluated_text_has_the_bytes_of_the_validation_text(finished):
     text = held_out_text(corpus, max_tokens=config.evaluation.max_tokens)
     held_out = read_held_out(corpus, max_tokens=config.evaluation.max_tokens, window=config.batch.sequence_length)
     assert tuple(len(content) for content in text.content.values()) == held_out.bytes
-    result = validate(load(finished).model, held_out=held_out, mtp=False)
+    result = validate(load(finished, plain=True).model, held_out=held_out, mtp=False)
     load_of_each_layer = json.loads((finished / "evaluation.json").read_text())["model"]["max_violation"]
     assert load_of_each_layer == pytest.approx(result.max_violation)
 

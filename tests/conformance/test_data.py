@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from dsv3.config import DataConfig, SourceConfig
+from dsv3.config import DataConfig, EngineConfig, SourceConfig
 from dsv3.data.loader import RowLoader
 from dsv3.data.prepare import prepare_corpus
 from dsv3.data.tokenizer import Tokenizer
-from dsv3.infer.generate import stream
+from dsv3.infer.engine import Engine
+from dsv3.infer.runner import TorchRunner
+from dsv3.infer.request import Request
 from dsv3.infer.sampler import SamplingParams
 
 BOS, EOS = 0, 1
@@ -200,7 +202,12 @@ def test_the_vocabulary_has_129_280_rows_and_rows_without_a_token_are_never_draw
         model.lm_head.weight[tokenizer.vocab_size :] *= 10
     for temperature in (0.0, 2.0):
         params = SamplingParams(temperature=temperature, top_p=1.0, seed=1, max_tokens=24)
-        drawn = list(stream(model, prompt_ids=[BOS, 5], params=params, vocab_size=tokenizer.vocab_size, eos_id=EOS))
+        engine_config = EngineConfig(num_pages=2)
+        engine = Engine(TorchRunner(model), config=engine_config, vocab_size=tokenizer.vocab_size, eos_id=EOS)
+        engine.add(Request(id="a", prompt_ids=[BOS, 5], params=params))
+        drawn = []
+        while engine.has_work:
+            drawn += [token for event in engine.step() for token in event.tokens]
         assert drawn
         assert max(drawn) < 128_815
     logits = model.logits(model(loader_free_batch()).hidden)

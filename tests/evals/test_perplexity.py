@@ -11,7 +11,6 @@ from dsv3.evals.balance import ExpertLoad
 from dsv3.evals.perplexity import TOKENS_AT_ONCE, document_bits
 from dsv3.infer.packed_model import pack_from_state
 from dsv3.infer.packed_runner import PackedRunner
-from dsv3.infer.packed_weights import formats_named
 from dsv3.model.transformer import Transformer
 
 SMALL = ModelConfig(
@@ -96,8 +95,6 @@ def test_an_engines_runner_scores_as_the_model_does(model, our_kernels):
         torch.randint(0, 50, (length,), generator=torch.Generator().manual_seed(length)).tolist()
         for length in (3, 90, 2, 65)
     ]
-    packed = pack_from_state(
-        model.state_dict(), config=SMALL, layout=published_layout(SMALL), formats=formats_named("fp32")
-    )
+    packed = pack_from_state(model.state_dict(), config=SMALL, layout=published_layout(SMALL), name="fp32")
     expected = document_bits(model, documents=documents, window=30)
     assert document_bits(PackedRunner(packed), documents=documents, window=30) == pytest.approx(expected, rel=1e-5)

@@ -88,7 +88,7 @@ def on_gpu():
         @classmethod
         def of(cls, real: TokenBatch) -> "OnGpu":
             tensors = {name: there(getattr(real, name)) for name in ("tokens", "positions", "targets", "weights")}
-            return cls(real=real, starts=real.starts.as_subclass(OnHost), **tensors)
+            return cls(real=real, starts=real.starts.as_subclass(OnHost), first_positions=real.firsts, **tensors)
 
         @cached_property
         def lengths(self) -> tuple[int, ...]:

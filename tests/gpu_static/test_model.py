@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from dsv3.batch import TokenBatch
 from dsv3.config import ModelConfig, PrecisionConfig
-from dsv3.infer.cache import DenseLatentCache, _Placement
+from dsv3.infer.paged_cache import PagedLatentCache
 from dsv3.model.precision import Precision, quantise_weights
 from dsv3.model.transformer import Transformer
 from dsv3.ops import recompute
@@ -80,21 +80,18 @@ def test_training_forward_stays_on_the_gpu(fake_gpu, on_gpu, dispatch, scaled_mm
 
 @precisions
 def test_absorbed_decoding_stays_on_the_gpu(fake_gpu, on_gpu, dispatch, one_more_token, recipe):
-    class KnownPlaces(DenseLatentCache):
-        """A cache that holds `POSITION` tokens of each sequence, and places those of a batch without reading them."""
-
-        def _place(self, batch):
-            slots = torch.empty(batch.num_tokens, dtype=torch.long, device="cuda")
-            return _Placement(batch=batch, slots=slots, ends=tuple(POSITION + length for length in batch.lengths))
-
     model, precision = model_on("cuda", recipe=recipe)
-    cache = KnownPlaces(CONFIG, num_sequences=2, capacity=256, dtype=torch.bfloat16, device="cuda")
-    cache._lengths = [[POSITION, POSITION] for _ in range(CONFIG.num_hidden_layers)]
+    paged = PagedLatentCache(
+        CONFIG, num_pages=8, page_tokens=64, num_mtp_modules=0, dtype=torch.bfloat16, device="cuda"
+    )
+    pages = [list(range(4)), list(range(4, 8))]
     with torch.no_grad():
-        output = model(on_gpu(one_more_token), cache=cache, dispatch=dispatch, precision=precision)
+        batch = on_gpu(one_more_token)
+        cache = paged.bound_to(pages, batch=batch)
+        output = model(batch, cache=cache, dispatch=dispatch, precision=precision)
         logits = model.logits(output.hidden)
     assert (logits.device.type, logits.dtype, tuple(logits.shape)) == ("cuda", torch.float32, (2, 512))
-    assert [cache.length(sequence) for sequence in range(2)] == [POSITION + 1] * 2
+    assert batch.ends == (POSITION + 1, POSITION + 1)
 
 
 @precisions

@@ -3,6 +3,7 @@ import pytest
 from dsv3.errors import ConfigError
 from dsv3.infer.conversation import Conversation
 from dsv3.infer.loaded import LoadedModel
+from dsv3.infer.runner import TorchRunner
 
 GREEDY = {"temperature": 0.0, "max_tokens": 4}
 
@@ -10,7 +11,9 @@ GREEDY = {"temperature": 0.0, "max_tokens": 4}
 @pytest.fixture
 def new_conversation(model, tokenizer):
     def build(*, trained_length=64, **options):
-        loaded = LoadedModel(model, tokenizer=tokenizer, source="a test", is_base=False, trained_length=trained_length)
+        loaded = LoadedModel(
+            TorchRunner(model), tokenizer=tokenizer, source="a test", is_base=False, trained_length=trained_length
+        )
         return Conversation(loaded, **options)
 
     return build
@@ -24,7 +27,7 @@ def take_turn(conversation, question):
 
 def test_turns_over_the_kept_cache_answer_as_one_conversation_read_anew(new_conversation, model, tokenizer):
     conversation = new_conversation(as_text=False, system="Be.")
-    loaded = LoadedModel(model, tokenizer=tokenizer, source="a test", is_base=False, trained_length=64)
+    loaded = LoadedModel(TorchRunner(model), tokenizer=tokenizer, source="a test", is_base=False, trained_length=64)
     messages = [{"role": "system", "content": "Be."}]
     for question in ("a word", "the word"):
         messages.append({"role": "user", "content": question})
@@ -35,7 +38,7 @@ def test_turns_over_the_kept_cache_answer_as_one_conversation_read_anew(new_conv
 
 def test_a_base_model_reads_one_running_text(new_conversation, model, tokenizer):
     conversation = new_conversation(as_text=True, system="Words.")
-    loaded = LoadedModel(model, tokenizer=tokenizer, source="a test", is_base=True, trained_length=64)
+    loaded = LoadedModel(TorchRunner(model), tokenizer=tokenizer, source="a test", is_base=True, trained_length=64)
     first = take_turn(conversation, "In the")
     assert first == loaded.generate("Words.\nIn the", **GREEDY)
     assert take_turn(conversation, "and") == loaded.generate(f"Words.\nIn the\n{first}\nand", **GREEDY)

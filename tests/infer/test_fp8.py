@@ -1,4 +1,4 @@
-"""`load(folder, dtype="fp8")`: one byte a weight in memory, whatever the folder holds."""
+"""`load(folder, weights="fp8")`: one byte a weight in memory, whatever the folder holds."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ from dsv3.plan.memory import weight_bytes
 from dsv3.plan.published_tensors import quantised_size
 from dsv3.runtime.log import say_once
 
-CPU = {"device": "cpu"}
+CPU = {"device": "cpu", "plain": True}
 IDS = [0, 5, 9, 260, 17, 17, 3]
 
 
@@ -69,20 +69,20 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def test_logits_are_those_of_the_same_checkpoint_dequantised(in_fp8):
-    ours, plain = load(in_fp8, dtype="fp8", **CPU), load(in_fp8, dtype="float32", **CPU)
+    ours, plain = load(in_fp8, weights="fp8", **CPU), load(in_fp8, weights="fp32", **CPU)
     expected = plain.logits(IDS)
     assert (ours.logits(IDS) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_text_is_that_of_the_same_checkpoint_dequantised(in_fp8):
-    ours, plain = load(in_fp8, dtype="fp8", **CPU), load(in_fp8, dtype="float32", **CPU)
+    ours, plain = load(in_fp8, weights="fp8", **CPU), load(in_fp8, weights="fp32", **CPU)
     for settings in ({"temperature": 0.0}, {"temperature": 1.0, "seed": 3}):
         text = ours.generate("In the beginning", max_tokens=16, **settings)
         assert text == plain.generate("In the beginning", max_tokens=16, **settings)
 
 
 def test_a_conversation_goes_on_over_the_cache(in_fp8):
-    loaded = load(in_fp8, dtype="fp8", **CPU)
+    loaded = load(in_fp8, weights="fp8", **CPU)
     talk = Conversation(loaded, as_text=True)
     first = "".join(talk.ask("In", max_tokens=4, temperature=0.0))
     talk.remember("In", answer=first)
@@ -92,7 +92,7 @@ def test_a_conversation_goes_on_over_the_cache(in_fp8):
 
 def test_weights_take_the_predicted_bytes(in_fp8):
     """The plan is for BF16 beside FP8; here the rest is in FP32, but for router biases, which always are."""
-    model = load(in_fp8, dtype="fp8", **CPU).model
+    model = load(in_fp8, weights="fp8", **CPU).model
     config = model.config
     biases = (config.num_moe_layers + config.num_nextn_predict_layers) * config.n_routed_experts
     rest = weight_bytes(config, precision="float32") // 4 - biases - quantised_size(config).values
@@ -101,7 +101,7 @@ def test_weights_take_the_predicted_bytes(in_fp8):
 
 
 def test_everything_else_is_in_the_type_that_is_computed_in(in_fp8):
-    model = load(in_fp8, dtype="fp8", **CPU).model
+    model = load(in_fp8, weights="fp8", **CPU).model
     kinds = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     assert {kind for name, kind in kinds.items() if kind != FP8} == {torch.float32}
     assert (
@@ -110,11 +110,13 @@ def test_everything_else_is_in_the_type_that_is_computed_in(in_fp8):
 
 
 def test_a_checkpoint_of_another_type_is_rounded_as_its_fp8_export_is(published, in_fp8):
-    assert same(fp8_state(load(published, dtype="fp8", **CPU).model), fp8_state(load(in_fp8, dtype="fp8", **CPU).model))
+    assert same(
+        fp8_state(load(published, weights="fp8", **CPU).model), fp8_state(load(in_fp8, weights="fp8", **CPU).model)
+    )
 
 
 def test_a_snapshot_is_rounded_as_its_fp8_export_is(run_with_snapshots, in_fp8):
-    ours, exported = load(run_with_snapshots, dtype="fp8", **CPU).model, load(in_fp8, dtype="fp8", **CPU).model
+    ours, exported = load(run_with_snapshots, weights="fp8", **CPU).model, load(in_fp8, weights="fp8", **CPU).model
     assert same(fp8_state(ours), fp8_state(exported))
     for name, tensor in ours.state_dict().items():  # all else went through BF16 in the file
         if tensor.dtype == torch.float32 and not name.endswith(("_scale_inv", "correction_bias")):
@@ -122,7 +124,7 @@ def test_a_snapshot_is_rounded_as_its_fp8_export_is(run_with_snapshots, in_fp8):
 
 
 def test_the_average_of_a_run_can_be_used_in_fp8(run_with_snapshots, average):
-    ours = load(run_with_snapshots, dtype="fp8", weights="average", **CPU).model
+    ours = load(run_with_snapshots, weights="fp8", average=True, **CPU).model
     assert torch.equal(ours.lm_head.weight, average["lm_head.weight"])
     assert len(fp8_state(ours)) == 2 * len(ours.weights_in_fp8())
 
@@ -136,8 +138,8 @@ def test_a_snapshot_that_reads_the_hidden_state_first_keeps_its_order(new_run, m
     write_config(replace(run, model=config), path=new_run / "config.json")
     tensors = {"model": model.state_dict()}
     save_snapshot(new_run / "snapshots", step=1, tensors=tensors, state={}, policy=SnapshotConfig())
-    for dtype in ("float32", "fp8"):
-        assert torch.equal(load(new_run, dtype=dtype, **CPU).model.mtp[0].eh_proj.weight, model.mtp[0].eh_proj.weight)
+    for weights in ("fp32", "fp8"):
+        assert torch.equal(load(new_run, weights=weights, **CPU).model.mtp[0].eh_proj.weight, model.mtp[0].eh_proj.weight)
 
 
 def test_a_weight_that_is_not_finite_is_refused_by_name(run_with_snapshots, model, new_run):
@@ -148,18 +150,18 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(run_with_snapshots, mode
     with pytest.raises(
         CheckpointError, match=r"layers.1.mlp.experts.3.up_proj.weight cannot be in FP8: 1 of its values"
     ):
-        load(run_with_snapshots, dtype="fp8", **CPU)
-    load(run_with_snapshots, dtype="float32", **CPU)
+        load(run_with_snapshots, weights="fp8", **CPU)
+    load(run_with_snapshots, weights="fp32", **CPU)
 
 
-def test_a_type_there_is_none_of_is_refused_with_those_there_are(in_fp8):
-    with pytest.raises(ConfigError, match=r"dtype = 'int4'; choose one of 'auto', 'float32', 'bfloat16', 'fp8'"):
-        load(in_fp8, dtype="int4", **CPU)
+def test_a_format_of_the_engine_alone_is_refused_where_that_is_not_used(in_fp8):
+    with pytest.raises(ConfigError, match=r"weights = 'int4' are for the engine's own C\+\+"):
+        load(in_fp8, weights="int4", **CPU)
 
 
 def test_what_is_computed_in_is_said_in_the_log_once(in_fp8, log):
     say_once.cache_clear()
-    loaded = load(in_fp8, dtype="fp8", **CPU)
+    loaded = load(in_fp8, weights="fp8", **CPU)
     loaded.logits(IDS)
     said = log.text
     assert "weights stay in FP8 in memory; products on cpu are computed as if they were dequantised" in said
@@ -168,7 +170,7 @@ def test_what_is_computed_in_is_said_in_the_log_once(in_fp8, log):
 
 
 def test_saved_again_it_is_the_same_checkpoint(in_fp8, tmp_path):
-    stored = load(in_fp8, dtype="fp8", **CPU).model
+    stored = load(in_fp8, weights="fp8", **CPU).model
     save_published(stored, folder=tmp_path / "again", tokenizer_folder=None, dtype=FP8)
     again = load_published(tmp_path / "again", dtype=FP8, device="cpu")
     assert same(fp8_state(again), fp8_state(stored))

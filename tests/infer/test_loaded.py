@@ -1,17 +1,21 @@
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 import dsv3
 from dsv3.batch import TokenBatch
-from dsv3.checkpoint.published import save_published
+from dsv3.checkpoint.published import load_published, save_published
+from dsv3.checkpoint.writer import FP8
+from dsv3.config.files import read_json
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import CheckpointError, ConfigError, TokenizerError
 from dsv3.infer.loaded import LoadedModel, load, sampling_params
 from dsv3.infer.sampler import SamplingParams
+from dsv3.model.transformer import Transformer
 
-CPU = {"device": "cpu", "dtype": "float32"}
+CPU = {"device": "cpu", "weights": "fp32", "plain": True}
 PROMPT = "In the beginning"
 
 
@@ -37,7 +41,7 @@ def test_a_run_gives_the_weights_of_its_newest_snapshot(run_with_snapshots, mode
 
 
 def test_bfloat16_rounds_the_weights_and_leaves_the_router_biases(run_with_snapshots, model):
-    loaded = load(run_with_snapshots, device="cpu", dtype="bfloat16")
+    loaded = load(run_with_snapshots, device="cpu", weights="bf16", plain=True)
     for name, tensor in loaded.model.state_dict().items():
         kept = name.endswith("e_score_correction_bias")
         assert tensor.dtype == (torch.float32 if kept else torch.bfloat16)
@@ -55,7 +59,7 @@ def test_a_run_is_known_as_a_base_model_of_its_row_length(run_with_snapshots, pu
 
 def test_the_average_of_a_run_is_loaded_when_asked_for(run_with_snapshots, model, average):
     save_published(model, folder=run_with_snapshots / "export", tokenizer_folder=None, dtype=torch.float32)
-    loaded = load(run_with_snapshots, weights="average", **CPU)
+    loaded = load(run_with_snapshots, average=True, **CPU)
     for name, tensor in loaded.model.state_dict().items():
         assert torch.equal(tensor, average.get(name, model.state_dict()[name]))
     assert loaded.source.endswith("step-000020 (average)")
@@ -63,12 +67,10 @@ def test_the_average_of_a_run_is_loaded_when_asked_for(run_with_snapshots, model
 
 def test_an_average_that_was_not_kept_is_refused(run_with_snapshots, published):
     with pytest.raises(ConfigError, match="is no run folder"):
-        load(published, weights="average", **CPU)
+        load(published, average=True, **CPU)
     shutil.rmtree(run_with_snapshots / "snapshots" / "step-000020")
     with pytest.raises(ConfigError, match=r"no average of the weights: the run had optim.ema_decay = 0"):
-        load(run_with_snapshots, weights="average", **CPU)
-    with pytest.raises(ConfigError, match=r"weights = 'mean'; choose one of 'trained', 'average'"):
-        load(run_with_snapshots, weights="mean", **CPU)
+        load(run_with_snapshots, average=True, **CPU)
 
 
 def test_a_snapshot_of_another_shape_is_refused_by_tensor_name(run_with_snapshots):
@@ -181,7 +183,9 @@ def test_a_tokenizer_of_another_model_is_refused(published):
         load(published, **CPU)
 
 
-@pytest.mark.parametrize(("wrong", "message"), [({"dtype": "float8"}, "float8"), ({"device": "tpu"}, "tpu")])
+@pytest.mark.parametrize(
+    ("wrong", "message"), [({"weights": "float8"}, "'float8'; choose one of 'auto'"), ({"device": "tpu"}, "tpu")]
+)
 def test_a_device_or_type_that_is_not_there_is_refused(published, wrong, message):
     with pytest.raises(ConfigError, match=message):
         load(published, **wrong)
@@ -194,3 +198,45 @@ def test_dsv3_load_is_this_function(published):
 def test_settings_left_out_keep_the_defaults_of_the_sampler():
     assert sampling_params() == SamplingParams()
     assert sampling_params(stop="a", seed=3) == SamplingParams(stop=("a",), seed=3)
+
+
+def test_a_model_for_use_answers_as_the_model_that_trains(published, our_kernels):
+    used, plain = load(published, device="cpu"), load(published, **CPU)
+    torch.testing.assert_close(used.logits([0, 5, 9, 260]), plain.logits([0, 5, 9, 260]), atol=1e-4, rtol=1e-4)
+    assert used.generate(PROMPT, max_tokens=9, temperature=0.0) == plain.generate(PROMPT, max_tokens=9, temperature=0.0)
+    with pytest.raises(ConfigError, match="plain=True"):
+        _ = used.model
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "fp8", "int8", "int4"])
+def test_every_format_loads_from_a_folder_and_from_a_snapshot(published, run_with_snapshots, weights, our_kernels):
+    """Published in FP32, so both have the same numbers to round."""
+    one, other = load(published, device="cpu", weights=weights), load(run_with_snapshots, device="cpu", weights=weights)
+    assert one.runner.model.format_name == weights
+    assert torch.equal(one.logits([0, 5, 9]), other.logits([0, 5, 9]))
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [(torch.float32, "fp32"), (torch.bfloat16, "bf16"), (FP8, "fp8")])
+def test_weights_stay_as_they_are_stored_unless_asked_otherwise(model, tmp_path, dtype, kept, our_kernels):
+    save_published(model, folder=tmp_path / "m", tokenizer_folder=None, dtype=dtype)
+    assert load(tmp_path / "m", device="cpu").runner.model.format_name == kept
+
+
+def test_drafts_change_no_text(published, our_kernels):
+    plain, drafting = load(published, device="cpu"), load(published, device="cpu", drafts=2)
+    options = {"max_tokens": 30, "seed": 1, "ignore_end": True}
+    stream = drafting.stream(PROMPT, **options)
+    assert "".join(stream) == plain.generate(PROMPT, **options)
+    drafted, accepted = stream.drafts
+    assert drafted > accepted >= 0
+
+
+def test_drafts_of_a_model_without_mtp_are_refused(published, our_kernels):
+    config = read_json(published / "config.json")
+    model = load_published(published, dtype=torch.float32, device="cpu")
+    bare = Transformer(replace(model.config, num_nextn_predict_layers=0))
+    bare.load_state_dict(model.state_dict(), strict=False)
+    save_published(bare, folder=published.parent / "bare", tokenizer_folder=None, dtype=torch.float32)
+    assert config["num_nextn_predict_layers"] == 1
+    with pytest.raises(ConfigError, match="has no MTP module to draft with"):
+        load(published.parent / "bare", device="cpu", drafts=1)

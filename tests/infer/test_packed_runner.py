@@ -18,7 +18,7 @@ from dsv3.fp8.formats import is_fp8
 from dsv3.fp8.quantise import BLOCKS, quantise
 from dsv3.infer.packed_model import pack_from_state, pack_model
 from dsv3.infer.packed_runner import PackedRunner
-from dsv3.infer.packed_weights import FORMATS, PackedMatrix, Storage, formats_named
+from dsv3.infer.packed_weights import FORMATS, PackedMatrix, Storage
 from dsv3.infer.runner import Runner
 from dsv3.model.transformer import Transformer
 from dsv3.native import engine
@@ -90,7 +90,7 @@ def model_of(config):
 
 def runner_of(model, weights="fp32", *, num_pages=40, page_tokens=8):
     packed = pack_from_state(
-        model.state_dict(), config=model.config, layout=published_layout(model.config), formats=formats_named(weights)
+        model.state_dict(), config=model.config, layout=published_layout(model.config), name=weights
     )
     runner = PackedRunner(packed)
     runner.make_pages(num_pages=num_pages, page_tokens=page_tokens)
@@ -235,7 +235,7 @@ def test_published_fp8_weights_compute_what_the_training_side_computes_from_them
 
     theirs = assemble(V3, layout=layout, read=published, dtype=FP8, device="cpu")
     assert is_fp8(theirs.layers[1].self_attn.o_proj.weight)
-    runner = PackedRunner(pack_model(V3, layout=layout, read=published, formats=formats_named("fp8")))
+    runner = PackedRunner(pack_model(V3, layout=layout, read=published, name="fp8"))
     runner.make_pages(num_pages=5, page_tokens=8)
     batch = TokenBatch.from_sequences([tokens_of(40)])
     ours = runner.forward(batch, pages=[list(range(5))])
@@ -256,7 +256,7 @@ def test_a_model_in_fp8_is_to_be_packed_from_its_folder():
     model = Transformer(V3)
     model.make_room_in_fp8()
     with pytest.raises(ConfigError, match="pack it from its folder"):
-        pack_from_state(model.state_dict(), config=V3, layout=published_layout(V3), formats=formats_named("fp8"))
+        pack_from_state(model.state_dict(), config=V3, layout=published_layout(V3), name="fp8")
 
 
 @pytest.mark.parametrize(

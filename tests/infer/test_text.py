@@ -1,7 +1,11 @@
 import pytest
 
-from dsv3.infer.generate import FinishReason, stream
+from dsv3.config import EngineConfig
+from dsv3.infer.engine import Engine
+from dsv3.infer.request import FinishReason
+from dsv3.infer.runner import TorchRunner
 from dsv3.infer.sampler import SamplingParams
+from dsv3.infer.stream import TokenStreams
 from dsv3.infer.text import TextStream
 
 EOS = 1
@@ -13,13 +17,10 @@ def say(tokenizer, scripted):
 
     def build(text, *, stop=(), max_tokens=None):
         ids = text if isinstance(text, list) else tokenizer.encode(text)
-        tokens = stream(
-            scripted(*ids, EOS),
-            prompt_ids=[0, 5],
-            params=SamplingParams(temperature=0.0, max_tokens=max_tokens),
-            vocab_size=tokenizer.vocab_size,
-            eos_id=EOS,
-        )
+        config = EngineConfig(page_tokens=4, num_pages=16)
+        engine = Engine(TorchRunner(scripted(*ids, EOS)), config=config, vocab_size=tokenizer.vocab_size, eos_id=EOS)
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+        tokens = TokenStreams(engine).start([0, 5], params=params)
         return TextStream(tokens, tokenizer=tokenizer, stop=stop, prompt_tokens=2)
 
     return build

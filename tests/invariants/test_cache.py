@@ -6,10 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3.batch import TokenBatch
-from dsv3.config import ModelConfig, YarnConfig
-from dsv3.infer.cache import DenseLatentCache
-from dsv3.infer.generate import CachedTokens, stream
+from dsv3.config import EngineConfig, ModelConfig, YarnConfig
+from dsv3.infer.engine import Engine
+from dsv3.infer.paged_cache import PagedLatentCache
+from dsv3.infer.runner import TorchRunner
 from dsv3.infer.sampler import SamplingParams
+from dsv3.infer.stream import TokenStreams
 from dsv3.model.transformer import Transformer
 from dsv3.ops.rope import rotate
 
@@ -62,15 +64,32 @@ def new_model(config, *, dtype):
     return model.requires_grad_(False)
 
 
-def new_cache(model, *, num_sequences=1, num_mtp_layers=0):
-    return DenseLatentCache(
-        model.config,
-        num_sequences=num_sequences,
-        capacity=256,
-        dtype=model.embed_tokens.weight.dtype,
-        device="cpu",
-        num_mtp_layers=num_mtp_layers,
-    )
+PAGE_TOKENS = 8
+PAGES = 32
+"""Of each sequence: 256 tokens, in pages that lie apart."""
+
+
+class Cache:
+    """A paged cache in which sequence i of every batch has pages i, i + n, i + 2n, ..."""
+
+    def __init__(self, model, *, num_sequences=1, num_mtp_layers=0):
+        self.num_sequences = num_sequences
+        self.paged = PagedLatentCache(
+            model.config,
+            num_pages=PAGES * num_sequences,
+            page_tokens=PAGE_TOKENS,
+            num_mtp_modules=num_mtp_layers,
+            dtype=model.embed_tokens.weight.dtype,
+            device="cpu",
+        )
+
+    def of(self, batch):
+        pages = [range(place, PAGES * self.num_sequences, self.num_sequences) for place in range(len(batch.lengths))]
+        return self.paged.bound_to([list(table) for table in pages], batch=batch)
+
+
+def run(model, batch, cache, **options):
+    return model(batch, cache=cache.of(batch), **options)
 
 
 def random_ids(count, *, seed=0):
@@ -92,11 +111,11 @@ def full_logits(model, ids):
 
 def cached_logits(model, ids, *, chunks):
     """Logits of every token when `ids` is fed in `chunks`, each over what the cache holds."""
-    cache, done, logits = new_cache(model), 0, []
+    cache, done, logits = Cache(model), 0, []
     for size in chunks:
         part = ids[done : done + size]
         if part:
-            output = model(batch_of([part], firsts=[done]), cache=cache)
+            output = run(model, batch_of([part], firsts=[done]), cache)
             logits.append(model.logits(output.hidden))
         done += len(part)
     return torch.cat(logits)
@@ -119,12 +138,13 @@ def test_decoding_one_token_at_a_time_equals_the_full_forward(name, dtype):
 def test_absorbed_attention_over_the_cache_equals_expanded_attention(name):
     model, ids = new_model(CONFIGS[name], dtype=torch.float64), random_ids(30)
     attention = model.layers[1].self_attn
-    batch, cache = TokenBatch.from_sequences([ids]), new_cache(model)
+    batch, cache = TokenBatch.from_sequences([ids]), Cache(model)
     hidden = torch.randn(len(ids), 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     rotation = model._rotation(batch)
     before_query, before_latent, rope_key = attention.compress(hidden)
     query = attention.queries(before_query)
     latent = attention.kv_a_layernorm(before_latent)
+    cache = cache.of(batch)
     cache.append(latent, rope_key=rotate(rope_key[:, None], rotation=rotation)[:, 0], layer=1, batch=batch)
     expanded = attention.attend_expanded(
         query, key_value=attention.keys_and_values(latent), rope_key=rope_key, batch=batch, rotation=rotation
@@ -144,13 +164,13 @@ def test_sequences_of_different_lengths_in_one_batch_equal_each_alone():
     model = new_model(CONFIGS["v3 with yarn"], dtype=torch.float64)
     texts = [random_ids(count, seed=count) for count in (17, 5, 11)]
     prompts = [9, 1, 4]
-    cache = new_cache(model, num_sequences=3)
+    cache = Cache(model, num_sequences=3)
     batch = batch_of([ids[:n] for ids, n in zip(texts, prompts, strict=True)], firsts=[0, 0, 0])
-    pieces = [list(model.logits(model(batch, cache=cache).hidden).split(prompts))]
+    pieces = [list(model.logits(run(model, batch, cache).hidden).split(prompts))]
     for step in range(8):  # The shorter texts end first, and then have no token in the batch.
         places = [n + step for n in prompts]
         parts = [ids[place : place + 1] for ids, place in zip(texts, places, strict=True)]
-        output = model(batch_of(parts, firsts=places), cache=cache)
+        output = run(model, batch_of(parts, firsts=places), cache)
         pieces.append(list(model.logits(output.hidden).split([len(part) for part in parts])))
     for sequence, ids in enumerate(texts):
         together = torch.cat([piece[sequence] for piece in pieces])
@@ -160,49 +180,44 @@ def test_sequences_of_different_lengths_in_one_batch_equal_each_alone():
 def test_a_new_prompt_may_join_a_batch_that_is_decoding():
     model = new_model(CONFIGS["v3 with yarn"], dtype=torch.float64)
     old, new = random_ids(12, seed=1), random_ids(7, seed=2)
-    cache = new_cache(model, num_sequences=2)
-    model(batch_of([old[:11], []], firsts=[0, 0]), cache=cache)
-    logits = model.logits(model(batch_of([old[11:], new], firsts=[11, 0]), cache=cache).hidden)
+    cache = Cache(model, num_sequences=2)
+    run(model, batch_of([old[:11], []], firsts=[0, 0]), cache)
+    logits = model.logits(run(model, batch_of([old[11:], new], firsts=[11, 0]), cache).hidden)
     assert_close(logits[:1], full_logits(model, old)[-1:])
     assert_close(logits[1:], full_logits(model, new))
 
 
-def test_rejected_drafts_leave_no_trace_after_truncation():
+def test_rejected_drafts_leave_no_trace():
     model, ids = new_model(CONFIGS["v3 with yarn"], dtype=torch.float64), random_ids(24)
-    cache = new_cache(model)
-    model(batch_of([ids[:20]], firsts=[0]), cache=cache)
-    model(batch_of([random_ids(3, seed=9)], firsts=[20]), cache=cache)
-    cache.truncate(0, length=20)
-    output = model(batch_of([ids[20:]], firsts=[20]), cache=cache)
+    cache = Cache(model)
+    run(model, batch_of([ids[:20]], firsts=[0]), cache)
+    run(model, batch_of([random_ids(3, seed=9)], firsts=[20]), cache)
+    output = run(model, batch_of([ids[20:]], firsts=[20]), cache)
     assert_close(model.logits(output.hidden), full_logits(model, ids)[20:])
 
 
 def test_the_mtp_layer_decodes_over_its_own_cache_as_it_reads_whole_rows():
     model, ids = new_model(CONFIGS["v3 with yarn"], dtype=torch.float64), random_ids(20)
     whole = model(TokenBatch.from_sequences([ids]), mtp=True)
-    cache = new_cache(model, num_mtp_layers=1)
-    output = model(batch_of([ids[:12]], firsts=[0]), cache=cache, mtp=True)
+    cache = Cache(model, num_mtp_layers=1)
+    output = run(model, batch_of([ids[:12]], firsts=[0]), cache, mtp=True)
     states, predicted = [output.hidden[-1:]], [output.mtp[0].hidden]
     for place in range(12, 20):
         # The module reads the state of place - 1 and the token after it, at the position of that state.
         ahead = batch_of([[ids[place]]], firsts=[place - 1])
-        result, _ = model.predict_ahead(states[-1], depth=0, batch=ahead, cache=cache)
+        result, _ = model.predict_ahead(states[-1], depth=0, batch=ahead, cache=cache.of(ahead))
         predicted.append(result.hidden)
-        states.append(model(batch_of([[ids[place]]], firsts=[place]), cache=cache).hidden)
+        states.append(run(model, batch_of([[ids[place]]], firsts=[place]), cache).hidden)
     assert_close(torch.cat(predicted), whole.mtp[0].hidden)
-    assert (cache.length(0), len(cache.rows(layer=3, sequence=0, length=19)[0])) == (20, 19)
 
 
-def generated(model, prompt, *, cached=None, **params):
-    tokens = stream(
-        model,
-        prompt_ids=prompt,
-        params=SamplingParams(**params),
-        vocab_size=VOCAB,
-        eos_id=VOCAB,  # never drawn
-        cached=cached,
-    )
-    return list(tokens)
+def generated(model, prompt, *, streams=None, **params):
+    return list((streams or new_streams(model)).start(prompt, params=SamplingParams(**params)))
+
+
+def new_streams(model):
+    config = EngineConfig(page_tokens=4, num_pages=64)
+    return TokenStreams(Engine(TorchRunner(model), config=config, vocab_size=VOCAB, eos_id=VOCAB))  # never drawn
 
 
 def test_greedy_generation_picks_the_likeliest_token_of_the_full_forward():
@@ -221,10 +236,11 @@ def test_a_seed_gives_the_same_tokens_again_and_another_seed_others():
 
 def test_a_second_turn_over_the_kept_cache_equals_a_fresh_start():
     model, prompt = new_model(CONFIGS["v3 with yarn"], dtype=torch.float64), random_ids(10)
-    cached = CachedTokens(model)
-    first = generated(model, prompt, cached=cached, temperature=0.0, max_tokens=6)
+    streams = new_streams(model)
+    first = generated(model, prompt, streams=streams, temperature=0.0, max_tokens=6)
     longer = prompt + first + random_ids(5, seed=3)
     other = prompt[:4] + random_ids(5, seed=4)
     for ids in (longer, other, longer):  # goes on, goes back, goes on again
-        kept = generated(model, ids, cached=cached, temperature=0.0, max_tokens=6)
+        kept = generated(model, ids, streams=streams, temperature=0.0, max_tokens=6)
         assert kept == generated(model, ids, temperature=0.0, max_tokens=6)
+    assert streams.engine.stats().num_cached_tokens == 12 + 4 + 20

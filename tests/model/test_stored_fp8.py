@@ -12,7 +12,7 @@ from dsv3.config import OptimConfig
 from dsv3.errors import ConfigError
 from dsv3.fp8.quantise import BLOCKS, TILES, dequantise, quantise
 from dsv3.fp8.recipe import AFTER_ATTENTION, EXPERTS_UP
-from dsv3.infer.cache import DenseLatentCache
+from dsv3.infer.paged_cache import PagedLatentCache
 from dsv3.model.precision import ORIGINAL
 from dsv3.model.stored_fp8 import StoredFp8, WeightOnlyFp8, precision_of_stored
 from dsv3.model.transformer import Transformer
@@ -91,13 +91,13 @@ def test_in_fp64_it_is_the_dequantised_model(name):
 
 
 def decoded(model: Transformer, ids: list[int], *, prompt: int, dtype: torch.dtype) -> torch.Tensor:
-    cache = DenseLatentCache(model.config, num_sequences=1, capacity=64, dtype=dtype, device="cpu")
+    cache = PagedLatentCache(model.config, num_pages=8, page_tokens=8, num_mtp_modules=0, dtype=dtype, device="cpu")
     parts = [ids[:prompt], *([token] for token in ids[prompt:])]
     states, place = [], 0
     for part in parts:
         positions = torch.arange(place, place + len(part))
         batch = TokenBatch(tokens=torch.tensor(part), positions=positions, starts=torch.tensor([0, len(part)]))
-        states.append(model(batch, cache=cache).hidden)
+        states.append(model(batch, cache=cache.bound_to([list(range(8))], batch=batch)).hidden)
         place += len(part)
     return torch.cat(states)
 

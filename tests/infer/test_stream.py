@@ -1,23 +1,28 @@
+import gc
+
 import pytest
 
-from dsv3.errors import CheckpointError, ConfigError
-from dsv3.infer.generate import CachedTokens, FinishReason, stream
+from dsv3.config import EngineConfig
+from dsv3.errors import ConfigError, EngineError
+from dsv3.infer.engine import Engine
+from dsv3.infer.request import FinishReason
+from dsv3.infer.runner import TorchRunner
 from dsv3.infer.sampler import SamplingParams
+from dsv3.infer.stream import TokenStreams
 from dsv3.model.transformer import Transformer
 
 EOS = 1
 GREEDY = {"temperature": 0.0}
 
 
-def start(model, *, prompt=(5, 6, 7), cached=None, vocab_size=300, **params):
-    return stream(
-        model,
-        prompt_ids=list(prompt),
-        params=SamplingParams(**params),
-        vocab_size=vocab_size,
-        eos_id=EOS,
-        cached=cached,
-    )
+def streams_of(model, *, vocab_size=300, page_tokens=1):
+    config = EngineConfig(page_tokens=page_tokens, num_pages=64 // page_tokens)
+    return TokenStreams(Engine(TorchRunner(model), config=config, vocab_size=vocab_size, eos_id=EOS))
+
+
+def start(model, *, prompt=(5, 6, 7), streams=None, vocab_size=300, **params):
+    streams = streams or streams_of(model, vocab_size=vocab_size)
+    return streams.start(list(prompt), params=SamplingParams(**params))
 
 
 def test_the_end_token_ends_the_stream_and_is_not_part_of_it(scripted):
@@ -60,27 +65,40 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_both_numbers(with_limit):
 
 def test_a_second_turn_computes_only_what_is_new(scripted):
     model = scripted(40, 41, 42, EOS, 50, EOS)
-    cached = CachedTokens(model)
-    list(start(model, cached=cached, **GREEDY))
-    list(start(model, prompt=[5, 6, 7, 40, 41, 42, 8, 9], cached=cached, **GREEDY))
-    # First turn: 3 of the prompt, then 40, 41, 42. Second turn: 8 and 9, then 50.
+    streams = streams_of(model)
+    list(start(model, streams=streams, **GREEDY))
+    again = start(model, prompt=[5, 6, 7, 40, 41, 42, 8, 9], streams=streams, **GREEDY)
+    list(again)
+    # First turn: 3 of the prompt, then 40, 41, 42. Second turn: 8 and 9, then 50. Pages are of one token here.
     assert model.tokens_run == [3, 1, 1, 1, 2, 1]
-
-
-def test_what_a_new_prompt_does_not_share_is_forgotten(scripted):
-    model = scripted(40, 41, EOS)
-    cached = CachedTokens(model)
-    list(start(model, cached=cached, **GREEDY))
-    assert cached.missing([5, 6, 9, 40]) == [9, 40]
-    assert (cached.ids, cached.cache.length(0)) == ([5, 6], 2)
+    assert again.num_cached_tokens == 6
 
 
 def test_a_repeated_prompt_still_computes_its_last_token(scripted):
     model = scripted(EOS, EOS)
-    cached = CachedTokens(model)
+    streams = streams_of(model)
     for _ in range(2):
-        list(start(model, cached=cached, **GREEDY))
+        list(start(model, streams=streams, **GREEDY))
     assert model.tokens_run == [3, 1]
+
+
+def test_streams_of_one_engine_are_read_side_by_side(model):
+    streams = streams_of(model)
+    alone = [list(start(model, prompt=prompt, max_tokens=9, seed=3)) for prompt in ([5, 6], [7, 8, 9])]
+    first, second = (start(model, prompt=p, max_tokens=9, seed=3, streams=streams) for p in ([5, 6], [7, 8, 9]))
+    together = [list(pair) for pair in zip(*zip(first, second, strict=True), strict=True)]
+    assert together == alone
+
+
+def test_a_stream_that_is_dropped_frees_its_pages(model):
+    streams = streams_of(model)
+    stream = start(model, max_tokens=9, streams=streams, ignore_end=True)
+    next(stream)
+    assert streams.engine.stats().num_pages_in_use > 0
+    del stream
+    gc.collect()
+    assert streams.engine.stats().num_pages_in_use == 0
+    streams.engine.check()
 
 
 def test_ids_the_tokenizer_does_not_have_never_appear(model):
@@ -102,5 +120,7 @@ def test_damaged_weights_are_reported_instead_of_sampled(model, model_config):
     broken = Transformer(model_config)
     broken.load_state_dict(model.state_dict())
     broken.requires_grad_(False).norm.weight[0] = float("nan")
-    with pytest.raises(CheckpointError, match="not numbers"):
-        list(start(broken))
+    tokens = start(broken)
+    with pytest.raises(EngineError, match="not numbers"):
+        list(tokens)
+    assert tokens.finish_reason is FinishReason.FAILED
