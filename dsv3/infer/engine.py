@@ -61,6 +61,7 @@ class Engine:
             vocab_size=vocab_size,
         )
         self._draft_length = DraftLength(config.max_drafts, is_adaptive=config.adaptive_drafts)
+        self._most_unread = max(64, config.page_tokens)
         self._sequences: dict[str, Sequence] = {}
         self._num_arrived = 0
         self._unsaid: list[TokenEvent] = []
@@ -305,9 +306,8 @@ class Engine:
             if outcome.finish_reason is not None:
                 continue
             wanted = self._most_drafts(sequence, num_wanted=num_wanted) if outcome.work.reaches_end else 0
-            unread = sequence.mtp[0].unread
-            waits = wanted == 0 and outcome.work.reaches_end and unread is not None
-            if waits and unread is not None and len(unread) < self.config.page_tokens:
+            # Where nothing is to be drafted the modules may stay behind, but not so far that pages wait for them.
+            if wanted == 0 and outcome.work.reaches_end and sequence.mtp[0].num_unread < self._most_unread:
                 sequence.drafts = []
                 continue
             chains.append(Chain(sequence=sequence, num_wanted=wanted))

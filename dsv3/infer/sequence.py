@@ -16,8 +16,13 @@ class MtpPast:
 
     done: int = 0
     """Positions whose entries are in step: made from the tokens that now stand there."""
-    unread: Float[Tensor, "token hidden"] | None = None
-    """States from position `done` on that the module could not read yet, for want of the token further on."""
+    unread: list[Float[Tensor, "token hidden"]] = field(default_factory=list)
+    """States from position `done` on, in pieces, that the module is yet to read."""
+
+    @property
+    def num_unread(self) -> int:
+        """Positions that the module is behind."""
+        return sum(map(len, self.unread))
 
 
 @dataclass(kw_only=True, eq=False)

@@ -65,7 +65,7 @@ class Drafter:
         past = sequence.past_of(0, first=first)
         for module in range(1, self.num_modules):
             sequence.past_of(module, first=first)
-        past.unread = state.clone() if past.unread is None else torch.cat([past.unread, state])
+        past.unread.append(state)
 
     def follow(self, chains: Items[Chain]) -> None:
         """Bring all modules in step with the sequences, and leave drafts in these, where they are wanted."""
@@ -87,14 +87,12 @@ class Drafter:
         """Return what a module reads of one sequence: all that stands, and up to its end if it is to draft."""
         sequence, tokens = chain.sequence, [*chain.sequence.tokens, *chain.drafts]
         past = sequence.mtp[module]
-        states = [past.unread] if past.unread is not None else []
-        if module:
-            states += chain.states
+        states = [*past.unread, *chain.states]
         rows = torch.cat(states) if states else None
         num_states = 0 if rows is None else len(rows)
         last_true = len(sequence.tokens) - 2 - module
         num_true = max(0, min(num_states, last_true + 1 - past.done))
-        past.unread = None if rows is None or num_true == num_states else rows[num_true:].clone()
+        past.unread = [] if rows is None or num_true == num_states else [rows[num_true:].clone()]
         first, past.done = past.done, past.done + num_true
         count = num_true
         if chain.goes_on(module):
@@ -175,6 +173,8 @@ class DraftLength:
     """Steps after which a neighbour of the best length is tried again."""
     RATE = 0.1
     """Weight of the newest observation."""
+    DOUBT = 0.98
+    """What a draft more must bring at least, as a factor."""
 
     def __init__(self, most: int, *, is_adaptive: bool) -> None:
         self._most = most
@@ -193,7 +193,10 @@ class DraftLength:
             if self._tries.get((size, length), 0) < self.TRIES:
                 return length
         self._steps += 1
-        best = max(range(self._most + 1), key=lambda length: self.tokens_per_second(length, size=size))
+        # A draft more must be worth more than what is not known of its cost.
+        best = max(
+            range(self._most + 1), key=lambda length: self.tokens_per_second(length, size=size) * self.DOUBT**length
+        )
         if self._steps % self.PATIENCE < self.TRIES:
             turn = self._steps // self.PATIENCE % 2
             return min(best + 1, self._most) if turn else max(best - 1, 0)
@@ -212,9 +215,10 @@ class DraftLength:
         key = (num_sequences.bit_length(), length)
         self._tries[key] = self._tries.get(key, 0) + 1
         known = self._seconds.get(key, seconds)
-        # The first time of anything is the slowest; later ones count a little each, against noise.
+        # The first time of anything is the slowest; later ones count a little each, and the odd slow one no more.
         is_new = self._tries[key] <= self.TRIES
-        self._seconds[key] = min(seconds, known) if is_new else known + self.RATE * (seconds - known)
+        seen = min(max(seconds, known / 2), 1.5 * known)
+        self._seconds[key] = min(seconds, known) if is_new else known + self.RATE * (seen - known)
 
     def record_drafts(self, *, drafted: int, accepted: int) -> None:
         """Take in how far one chain held: each place counts once those before it were right."""

@@ -37,6 +37,9 @@ MAX_CACHED_GRAMMARS = 64
 MAX_COMMON_MULTIPLE = 10_000
 """Largest common multiple of a schema's `multipleOf` values: digits are checked by a machine with as many states."""
 
+MAX_ALL_OF_PATTERNS = 8
+"""Parts of `allOf` in a schema with patterns or formats: each part is one more machine to run beside the others."""
+
 MAX_SCHEMA_DEPTH = 100
 """Objects and lists within one another in a schema, keywords included."""
 
@@ -96,7 +99,7 @@ class GrammarFactory:
             if len(self._compiled) > MAX_CACHED_GRAMMARS:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(spec)
-        return GrammarConstraint(matcher.deep_copy(), eos_id=self._eos_id)
+        return GrammarConstraint(matcher.deep_copy(), num_tokens=self._tokenizer.vocab_size, eos_id=self._eos_id)
 
     def reasoning_first(self, constraint: Constraint, *, starts_inside: bool) -> Constraint:
         """Return `constraint` for an answer that begins with thoughts, to which it does not apply."""
@@ -123,8 +126,9 @@ class GrammarConstraint:
     The end token is counted here: the matcher does not keep it, and would roll back one token too many after it.
     """
 
-    def __init__(self, matcher: LLMatcher, *, eos_id: int) -> None:
+    def __init__(self, matcher: LLMatcher, *, num_tokens: int, eos_id: int) -> None:
         self._matcher = matcher
+        self._num_tokens = num_tokens
         self._eos_id = eos_id
         self._ended = False
 
@@ -158,7 +162,7 @@ class GrammarConstraint:
 
     def advance(self, token: int) -> bool:
         """Take one token; False, and no move, if the grammar does not allow it."""
-        if self._ended:
+        if self._ended or not 0 <= token < self._num_tokens:  # The matcher takes no more after an id it does not know.
             return False
         if token == self._eos_id:
             self._ended = self._matcher.is_accepting()
@@ -370,33 +374,46 @@ def _literal(character: str) -> str:
 
 
 def _check_schema(schema: Any) -> None:
+    """Refuse what would loosen a schema, and what llguidance would take seconds or gigabytes over."""
     if not isinstance(schema, dict | bool):
         raise ConfigError(f"a JSON schema must be an object, true or false; found {json.dumps(schema)[:40]}")
-    steps: list[Decimal] = []
+    parts = _objects_of(schema)
+    if any("x-guidance" in part for part in parts):
+        raise ConfigError("a JSON schema may not hold 'x-guidance', which could loosen it; leave it out")
+    if _common_multiple([step for part in parts for step in _step(part.get("multipleOf"))]) > MAX_COMMON_MULTIPLE:
+        raise ConfigError(
+            f"the values of 'multipleOf' in a JSON schema may have a common multiple of {MAX_COMMON_MULTIPLE:,} "
+            "at most, counted in units of their last decimal place; use smaller ones, or 'enum'"
+        )
+    num_parts = sum(len(part["allOf"]) for part in parts if isinstance(part.get("allOf"), list))
+    if num_parts > MAX_ALL_OF_PATTERNS and any("pattern" in part or "format" in part for part in parts):
+        raise ConfigError(
+            f"a JSON schema with 'pattern' or 'format' may have {MAX_ALL_OF_PATTERNS} parts in 'allOf'; "
+            f"found {num_parts}: join them by hand"
+        )
+
+
+def _objects_of(schema: Any) -> list[dict[str, Any]]:
+    """Return all objects in a schema, itself among them."""
+    objects: list[dict[str, Any]] = []
     pending: list[tuple[Any, int]] = [(schema, 1)]
     while pending:
         part, depth = pending.pop()
         if depth > MAX_SCHEMA_DEPTH:
             raise ConfigError(f"a JSON schema may be nested {MAX_SCHEMA_DEPTH} levels deep; use $defs and $ref instead")
         if isinstance(part, dict):
-            if "x-guidance" in part:
-                raise ConfigError("a JSON schema may not hold 'x-guidance', which could loosen it; leave it out")
-            steps += _step(part.get("multipleOf"))
+            objects.append(part)
             pending += [(value, depth + 1) for value in part.values()]
         elif isinstance(part, list):
             pending += [(value, depth + 1) for value in part]
-    if _common_multiple(steps) > MAX_COMMON_MULTIPLE:
-        raise ConfigError(
-            f"the values of 'multipleOf' in a JSON schema may have a common multiple of {MAX_COMMON_MULTIPLE:,} "
-            "at most, counted in units of their last decimal place; use smaller ones, or 'enum'"
-        )
+    return objects
 
 
 def _step(value: Any) -> list[Decimal]:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return []
     step = Decimal(str(value))
-    return [step] if step.is_finite() and step > 0 else []  # What is left out is refused by llguidance.
+    return [step] if step.is_finite() and step > 0 else []  # llguidance refuses what is left out.
 
 
 def _common_multiple(steps: list[Decimal]) -> int:

@@ -1,6 +1,18 @@
 """Tells what a model thinks from what it answers: `<think>` and `</think>` in text that arrives in pieces."""
 
+from enum import Enum, auto
+
 from dsv3.data.special_tokens import THINK_BEGIN, THINK_END
+
+
+class _Part(Enum):
+    """Where in its answer a model is."""
+
+    OPENING = auto()
+    BEFORE_REASONING = auto()
+    REASONING = auto()
+    BEFORE_CONTENT = auto()
+    CONTENT = auto()
 
 
 class ReasoningSplitter:
@@ -12,59 +24,58 @@ class ReasoningSplitter:
     """
 
     def __init__(self, *, starts_inside: bool) -> None:
-        """`starts_inside`: the prompt already ended with `<think>`, so the model begins in the middle of its thoughts.
+        """`starts_inside`: the prompt ended with `<think>`, so the text begins in the middle of the thoughts.
 
-        V3.1's and R1's templates do that; a reader who waits for an opening tag would find no reasoning at all.
+        V3.1's and R1's templates do that; who waits for an opening tag there finds no reasoning at all.
         """
-        self._read = self._read_leading if starts_inside else self._read_opening
+        self._part = _Part.BEFORE_REASONING if starts_inside else _Part.OPENING
         self._held = ""
 
     def add(self, text: str) -> tuple[str, str]:
         """Take the next piece; return the (reasoning, content) that are certain now, either or both empty."""
         self._held += text
-        return self._read()
+        reasoning = content = ""
+        if self._part is _Part.OPENING:
+            self._open()
+        if self._part is _Part.BEFORE_REASONING:
+            self._skip_line_breaks(then=_Part.REASONING)
+        if self._part is _Part.REASONING:
+            reasoning = self._reason()
+        if self._part is _Part.BEFORE_CONTENT:
+            self._skip_line_breaks(then=_Part.CONTENT)
+        if self._part is _Part.CONTENT:
+            content, self._held = self._held, ""
+        return reasoning, content
 
     def finish(self) -> tuple[str, str]:
         """Return what was held back for the sake of a tag that never came."""
-        held, self._held = self._held, ""
-        return ("", held) if self._read in (self._read_opening, self._read_content) else (held, "")
+        rest, self._held = self._held, ""
+        return ("", rest) if self._part is _Part.OPENING else (rest, "")
 
-    def _read_opening(self) -> tuple[str, str]:
+    def _open(self) -> None:
         text = self._held.lstrip()
-        if THINK_BEGIN.startswith(text):  # Nothing yet, or a part of the tag.
-            return "", ""
         if text.startswith(THINK_BEGIN):
-            return self._go_on(self._read_leading, text.removeprefix(THINK_BEGIN))
-        return self._go_on(self._read_content, self._held)
+            self._held = text.removeprefix(THINK_BEGIN)
+            self._part = _Part.BEFORE_REASONING
+        elif not THINK_BEGIN.startswith(text):  # Otherwise it may still become the tag.
+            self._part = _Part.CONTENT
 
-    def _read_leading(self) -> tuple[str, str]:
-        text = self._held.lstrip("\n")
-        self._held = text
-        return self._go_on(self._read_reasoning, text) if text else ("", "")
+    def _skip_line_breaks(self, *, then: _Part) -> None:
+        self._held = self._held.lstrip("\n")
+        if self._held:
+            self._part = then
 
-    def _read_reasoning(self) -> tuple[str, str]:
+    def _reason(self) -> str:
+        """Return the thoughts that are certain; line breaks at their end wait, since a tag may follow them."""
         reasoning, tag, content = self._held.partition(THINK_END)
         if tag:
-            _, shown = self._go_on(self._read_after, content)
-            return reasoning.rstrip("\n"), shown
-        kept = self._held[: len(self._held) - _partial(self._held, tag=THINK_END)].rstrip("\n")
-        self._held = self._held[len(kept) :]
-        return kept, ""
-
-    def _read_after(self) -> tuple[str, str]:
-        text = self._held.lstrip("\n")
-        self._held = text
-        return self._go_on(self._read_content, text) if text else ("", "")
-
-    def _read_content(self) -> tuple[str, str]:
-        content, self._held = self._held, ""
-        return "", content
-
-    def _go_on(self, read, text: str) -> tuple[str, str]:  # type: ignore[no-untyped-def]
-        self._read, self._held = read, text
-        return self._read()
+            self._part, self._held = _Part.BEFORE_CONTENT, content
+            return reasoning.rstrip("\n")
+        certain = self._held[: len(self._held) - _overlap(self._held, tag=THINK_END)].rstrip("\n")
+        self._held = self._held[len(certain) :]
+        return certain
 
 
-def _partial(text: str, *, tag: str) -> int:
+def _overlap(text: str, *, tag: str) -> int:
     """Return the length of the longest end of `text` that is a beginning of `tag`, and not all of it."""
     return next((size for size in range(min(len(text), len(tag) - 1), 0, -1) if text.endswith(tag[:size])), 0)

@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t KEYS = 4;           // keys and ...
 constexpr int64_t HEADS = WIDTH / 4;  // ... heads of one tile of scores: as many scores as a vector has lanes
+constexpr int64_t MOST_STEPS = 20;    // of a layer
 
 }  // namespace
 
@@ -56,50 +57,43 @@ struct Pass {
 
 namespace {
 
-// Threads that take the pieces of one step after the other. Waiting spins for some microseconds, then yields: a barrier
-// that spins without end stands still when the machine is shared.
+// Threads that take the pieces of one step after the other. A step is over when its pieces are done, whoever did them: a
+// thread that the machine has put aside between two pieces keeps nobody waiting, and finds its place when it is back.
 class Team {
  public:
-  explicit Team(int64_t steps) : counters_(new Counter[steps]), steps_(steps) {}
-
-  // Calls each piece once, `chunk` neighbours by one thread; returns when all are done. All threads make the same calls.
-  template <class Work>
-  void each(int64_t& step, int64_t count, int64_t chunk, Work work) {
-    std::atomic<int64_t>& next = counters_[step].value;
-    step = (step + 1) % steps_;
-    for (int64_t begin; (begin = next.fetch_add(chunk, std::memory_order_relaxed)) < count;)
-      for (int64_t piece = begin; piece < std::min(begin + chunk, count); ++piece) work(piece);
-    meet(next);
+  void start(int64_t steps) {
+    if (steps > size_) counters_.reset(new Counter[steps]), size_ = steps;
+    for (int64_t step = 0; step < steps; ++step) counters_[step].next = 0, counters_[step].done = 0;
+    threads_ = omp_get_max_threads();
   }
 
-  void start(int64_t threads) { threads_ = threads; }
-  int64_t threads() const { return threads_; }
-
- private:
-  struct alignas(64) Counter {
-    std::atomic<int64_t> value{0};
-  };
-
-  void meet(std::atomic<int64_t>& counter) {
-    const int64_t now = generation_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
-      arrived_.store(0, std::memory_order_relaxed);
-      counter.store(0, std::memory_order_relaxed);  // nobody is in this step any more: ready for its next use
-      generation_.store(now + 1, std::memory_order_release);
-      return;
+  // Calls each piece once, `chunk` neighbours by one thread; returns when all are done. All threads make the same calls,
+  // with arguments that nothing done in a later step changes: one of them may come late.
+  template <class Work>
+  void each(int64_t& step, int64_t count, int64_t chunk, Work work) {
+    Counter& counter = counters_[step++];
+    for (int64_t begin; (begin = counter.next.fetch_add(chunk, std::memory_order_relaxed)) < count;) {
+      const int64_t end = std::min(begin + chunk, count);
+      for (int64_t piece = begin; piece < end; ++piece) work(piece);
+      counter.done.fetch_add(end - begin, std::memory_order_release);
     }
-    for (int64_t tries = 0; generation_.load(std::memory_order_acquire) == now; ++tries) {
-      if (tries > 2000) sched_yield();
+    for (int64_t tries = 0; counter.done.load(std::memory_order_acquire) < count; ++tries) {
+      if (tries > 2000) sched_yield();  // not for ever: on a busy machine somebody else may be waiting for this core
 #if defined(__x86_64__)
       else __builtin_ia32_pause();
 #endif
     }
   }
 
+  int64_t threads() const { return threads_; }
+
+ private:
+  struct alignas(64) Counter {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+
   std::unique_ptr<Counter[]> counters_;
-  int64_t steps_, threads_ = 1;
-  alignas(64) std::atomic<int64_t> arrived_{0};
-  alignas(64) std::atomic<int64_t> generation_{0};
+  int64_t size_ = 0, threads_ = 1;
 };
 
 // Room for rows, in FP32 and, if the matrix that reads them wants it, in 8 bits.
@@ -318,7 +312,9 @@ void choose(const Model& model, const Layer& layer, const float* logits, int64_t
 struct Workspace {
   Room normed, down, query_latent, query, nope, absorbed, attended, values, output, logits, gathered, gate_up, active, down_out,
       shared, shared_active, shared_out;
-  std::vector<int64_t> experts, row_of, sequence_of, first_row;
+  std::vector<int64_t> experts, row_of, sequence_of;
+  // Of each layer, so that a thread that comes late to one does not meet those of the next.
+  std::vector<std::vector<int64_t>> first_row, busy;
   std::vector<float> gates, row_gates;
 };
 
@@ -359,23 +355,22 @@ class Forward {
       down_out_ = space.down_out.rows(rows, model.hidden, false);
     }
     space.experts.resize(rows), space.gates.resize(rows), space.row_of.resize(rows), space.row_gates.resize(rows);
-    space.first_row.resize(model.experts + 1);
+    space.first_row.resize(pass.end_layer), space.busy.resize(pass.end_layer);
     space.sequence_of.resize(tokens);
     for (int64_t s = 0; s < pass.sequences; ++s)
       for (int64_t t = pass.starts[s]; t < pass.starts[s + 1]; ++t) space.sequence_of[t] = s;
   }
 
   void run() {
+    team_.start((pass_.end_layer - pass_.first_layer) * MOST_STEPS + 1);
 #pragma omp parallel
     {
-#pragma omp single
-      team_.start(omp_get_num_threads());
       int64_t step = 0;
       std::vector<float> room;
       Attention attention{model_.latent, key_width_, pass_.page_tokens, model_.softmax_scale, {}, {}, {}};
       for (int64_t layer = pass_.first_layer; layer < pass_.end_layer; ++layer) {
         attend(model_.layers[layer], layer, step, room, attention);
-        if (model_.layers[layer].is_moe) mixture(model_.layers[layer], step, room);
+        if (model_.layers[layer].is_moe) mixture(model_.layers[layer], layer, step, room);
         else dense(model_.layers[layer], step, room);
       }
       each_token(step, [&](int64_t t) {
@@ -502,7 +497,7 @@ class Forward {
     quantise(shared_active_, t, width);
   }
 
-  void mixture(const Layer& layer, int64_t& step, std::vector<float>& room) {
+  void mixture(const Layer& layer, int64_t index, int64_t& step, std::vector<float>& room) {
     const int64_t tokens = pass_.tokens, chosen = model_.chosen, shared = model_.shared_width ? layer.shared_gate_up.panels() : 0;
     each_panel(step, layer.router.panels() + shared, [&](int64_t p) {
       if (p < layer.router.panels()) multiply_panel(layer.router, 0, p, normed_, tokens, logits_.x, logits_.stride, room);
@@ -512,7 +507,7 @@ class Forward {
       choose(model_, layer, logits_.x + t * logits_.stride, &space_.experts[t * chosen], &space_.gates[t * chosen], room);
       if (model_.shared_width) activate_shared(model_.shared_width, t);
     });
-    team_.each(step, 1, 1, [&](int64_t) { group_by_expert(); });
+    team_.each(step, 1, 1, [&](int64_t) { group_by_expert(space_.first_row[index], space_.busy[index]); });
     team_.each(step, tokens * chosen, std::max<int64_t>(1, tokens * chosen / (4 * team_.threads())), [&](int64_t pair) {
       const int64_t row = space_.row_of[pair], t = pair / chosen;
       space_.row_gates[row] = space_.gates[pair];
@@ -525,13 +520,14 @@ class Forward {
         std::copy_n(normed_.x + t * normed_.stride, model_.hidden, gathered_.x + row * gathered_.stride);
       }
     });
-    experts_product(step, room, layer.gate_up, gathered_, gate_up_);
+    experts_product(step, room, index, layer.gate_up, gathered_, gate_up_);
     team_.each(step, tokens * chosen, std::max<int64_t>(1, tokens * chosen / (4 * team_.threads())), [&](int64_t row) {
       const float* gate = gate_up_.x + row * gate_up_.stride;
       swiglu_row(gate, gate + up_at_, space_.row_gates[row], model_.expert_width, active_.x + row * active_.stride);
       quantise(active_, row, model_.expert_width);
     });
-    experts_product(step, room, layer.experts_down, active_, down_out_, model_.shared_width ? &layer.shared_down : nullptr);
+    experts_product(step, room, index, layer.experts_down, active_, down_out_,
+                    model_.shared_width ? &layer.shared_down : nullptr);
     each_token(step, [&](int64_t t) {
       for (int64_t k = 0; k < chosen; ++k)
         add_row(down_out_.x + space_.row_of[t * chosen + k] * down_out_.stride, model_.hidden, hidden(t));
@@ -540,14 +536,13 @@ class Forward {
     });
   }
 
-  void group_by_expert() {
-    std::vector<int64_t>& first = space_.first_row;
-    std::fill(first.begin(), first.end(), 0);
+  void group_by_expert(std::vector<int64_t>& first, std::vector<int64_t>& busy) {
+    first.assign(model_.experts + 1, 0);
+    busy.clear();
     const int64_t pairs = pass_.tokens * model_.chosen;
     for (int64_t pair = 0; pair < pairs; ++pair) ++first[space_.experts[pair] + 1];
-    busy_.clear();
     for (int64_t e = 0; e < model_.experts; ++e) {
-      if (first[e + 1]) busy_.push_back(e);
+      if (first[e + 1]) busy.push_back(e);
       first[e + 1] += first[e];
     }
     std::vector<int64_t> next(first.begin(), first.end() - 1);
@@ -555,17 +550,18 @@ class Forward {
   }
 
   // The products of all experts that have rows, and beside them one for all tokens.
-  void experts_product(int64_t& step, std::vector<float>& room, const Matrix& matrix, const Rows& from, const Rows& to,
-                       const Matrix* shared = nullptr) {
-    const int64_t panels = matrix.panels(), routed = int64_t(busy_.size()) * panels;
+  void experts_product(int64_t& step, std::vector<float>& room, int64_t index, const Matrix& matrix, const Rows& from,
+                       const Rows& to, const Matrix* shared = nullptr) {
+    const std::vector<int64_t>&first = space_.first_row[index], &busy = space_.busy[index];
+    const int64_t panels = matrix.panels(), routed = int64_t(busy.size()) * panels;
     each_panel(step, routed + (shared ? shared->panels() : 0), [&](int64_t piece) {
       if (piece >= routed) {
         multiply_panel(*shared, 0, piece - routed, shared_active_, pass_.tokens, shared_out_.x, shared_out_.stride, room);
         return;
       }
-      const int64_t expert = busy_[piece / panels], first = space_.first_row[expert];
-      multiply_panel(matrix, expert, piece % panels, from.from(first), space_.first_row[expert + 1] - first,
-                     to.x + first * to.stride, to.stride, room);
+      const int64_t expert = busy[piece / panels], row = first[expert];
+      multiply_panel(matrix, expert, piece % panels, from.from(row), first[expert + 1] - row, to.x + row * to.stride,
+                     to.stride, room);
     });
   }
 
@@ -576,12 +572,11 @@ class Forward {
   int64_t key_width_, head_width_, latent_at_, up_at_;
   Rows normed_, down_, query_latent_, query_, nope_, absorbed_, attended_, values_, output_, logits_, gathered_, gate_up_, active_,
       down_out_, shared_, shared_active_, shared_out_;
-  std::vector<int64_t> busy_;
 };
 
 struct Engine {
   Workspace space;
-  Team team{64};
+  Team team;
 };
 
 }  // namespace
