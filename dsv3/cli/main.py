@@ -14,7 +14,19 @@ from dsv3 import __version__
 from dsv3.errors import Dsv3Error
 from dsv3.runtime.log import show_log
 
-VERBS = ("quickstart", "inspect", "prepare", "pretrain", "generate", "chat", "evaluate", "convert", "report", "bench")
+VERBS = (
+    "quickstart",
+    "inspect",
+    "prepare",
+    "pretrain",
+    "generate",
+    "chat",
+    "evaluate",
+    "convert",
+    "report",
+    "serve",
+    "bench",
+)
 """One file each in this folder, with a function `register(app)`; the help lists them in this order."""
 
 USER_ERROR = 2

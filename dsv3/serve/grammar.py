@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections import OrderedDict
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any, Literal, get_args
 
@@ -31,7 +32,7 @@ except ImportError as error:
 MAX_SOURCE_CHARACTERS = 200_000
 """Longest schema, expression or grammar that is read."""
 
-MAX_CACHED_GRAMMARS = 64
+MAX_CACHED_GRAMMARS = 32
 """Compiled grammars that are kept for the next request that asks for the same."""
 
 MAX_COMMON_MULTIPLE = 10_000
@@ -58,7 +59,7 @@ LIMITS = LLParserLimits(
     initial_lexer_fuel=100_000,
     step_lexer_fuel=200_000,  # About 15 ms of one mask.
     step_max_items=50_000,
-    max_lexer_states=30_000,  # At up to 12 kB each, as measured on hostile ones.
+    max_lexer_states=20_000,  # At up to 12 kB each, as measured on hostile ones.
     max_grammar_size=200_000,
     verbose_errors=False,
 )
@@ -93,19 +94,29 @@ class GrammarFactory:
         Raises:
             ConfigError: the source cannot be read, asks for what is not supported in full, or allows no text at all.
         """
-        matcher = self._compiled.get(spec)
-        if matcher is None:
-            matcher = self._compiled[spec] = self._compile(spec)
-            if len(self._compiled) > MAX_CACHED_GRAMMARS:
-                self._compiled.popitem(last=False)
+        if spec not in self._compiled:
+            self._remember(spec)
         self._compiled.move_to_end(spec)
-        return GrammarConstraint(matcher.deep_copy(), num_tokens=self._tokenizer.vocab_size, eos_id=self._eos_id)
+        return GrammarConstraint(
+            self._compiled[spec].deep_copy(),
+            renew=lambda: self._remember(spec),
+            num_tokens=self._tokenizer.vocab_size,
+            eos_id=self._eos_id,
+        )
 
     def reasoning_first(self, constraint: Constraint, *, starts_inside: bool) -> Constraint:
         """Return `constraint` for an answer that begins with thoughts, to which it does not apply."""
         if self._thinking is None:
             self._thinking = _ThinkingTokens(self._tokenizer)
         return ReasoningFirst(constraint, tokens=self._thinking, starts_inside=starts_inside)
+
+    def _remember(self, spec: GrammarSpec) -> LLMatcher:
+        """Compile a grammar for this request and later ones; return a matcher at its start."""
+        self._compiled[spec] = self._compile(spec)
+        self._compiled.move_to_end(spec)
+        if len(self._compiled) > MAX_CACHED_GRAMMARS:
+            self._compiled.popitem(last=False)
+        return self._compiled[spec].deep_copy()
 
     def _compile(self, spec: GrammarSpec) -> LLMatcher:
         matcher = LLMatcher(self._vocabulary, _grammar_source(spec), log_level=0, limits=LIMITS)
@@ -124,12 +135,17 @@ class GrammarConstraint:
     """Where one text stands in its grammar; see `infer/constraint.py`.
 
     The end token is counted here: the matcher does not keep it, and would roll back one token too many after it.
+
+    Matchers of one grammar share their lexer, with what it has built so far and the limit on that. So a matcher can
+    fail for what others have built; it is then replaced, once, by one that begins with a lexer of its own.
     """
 
-    def __init__(self, matcher: LLMatcher, *, num_tokens: int, eos_id: int) -> None:
+    def __init__(self, matcher: LLMatcher, *, renew: Callable[[], LLMatcher], num_tokens: int, eos_id: int) -> None:
         self._matcher = matcher
+        self._renew = renew
         self._num_tokens = num_tokens
         self._eos_id = eos_id
+        self._tokens: list[int] = []
         self._ended = False
 
     @property
@@ -150,24 +166,36 @@ class GrammarConstraint:
             mask = torch.zeros(vocab_size, dtype=torch.bool)
             mask[self._eos_id] = True
             return mask
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        bits = self._matcher.compute_bitmask()
         if self._matcher.is_error():
-            raise ConfigError(
-                f"the grammar cannot be followed any further: {_reason(self._matcher.get_error())}; use a simpler one"
-            )
+            self._start_afresh()
+            bits = self._matcher.compute_bitmask()
+        self._check()
         if self._matcher.is_stopped() and not self._matcher.is_accepting():
             raise ConfigError("the grammar has no way to go on from this text, nor to end it; check its rules")
         # Rows of the model beyond the tokenizer's ids are zeros, which `count` appends.
-        return torch.from_numpy(np.unpackbits(bits, bitorder="little", count=vocab_size).view(np.bool_))
+        unpacked = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), bitorder="little", count=vocab_size)
+        return torch.from_numpy(unpacked.view(np.bool_))
 
     def advance(self, token: int) -> bool:
-        """Take one token; False, and no move, if the grammar does not allow it."""
+        """Take one token; False, and no move, if the grammar does not allow it.
+
+        Raises:
+            ConfigError: the grammar became too large to follow.
+        """
         if self._ended or not 0 <= token < self._num_tokens:  # The matcher takes no more after an id it does not know.
             return False
         if token == self._eos_id:
             self._ended = self._matcher.is_accepting()
             return self._ended
-        return bool(self._matcher.try_consume_tokens([token]) == 1)
+        taken = self._matcher.try_consume_tokens([token]) == 1
+        if self._matcher.is_error():
+            self._start_afresh()
+            taken = self._matcher.try_consume_tokens([token]) == 1
+            self._check()
+        if taken:
+            self._tokens.append(token)
+        return taken
 
     def roll_back(self, count: int) -> None:
         """Take back the last `count` tokens, the end token among them."""
@@ -175,7 +203,20 @@ class GrammarConstraint:
             self._ended = False
             count -= 1
         if count:
-            assert self._matcher.rollback(count), self._matcher.get_error()
+            assert count <= len(self._tokens)
+            del self._tokens[-count:]
+            if self._matcher.is_error() or not self._matcher.rollback(count):
+                self._start_afresh()
+
+    def _start_afresh(self) -> None:
+        self._matcher = self._renew()
+        self._matcher.consume_tokens(self._tokens)
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise ConfigError(
+                f"the grammar cannot be followed any further: {_reason(self._matcher.get_error())}; use a simpler one"
+            )
 
 
 class ReasoningFirst:
@@ -432,7 +473,8 @@ def _check_lark(spec: GrammarSpec) -> None:
             schema, _ = json.JSONDecoder().raw_decode(spec.source, found.end() + _spaces(spec.source[found.end() :]))
         except (ValueError, RecursionError):
             continue  # llguidance says what is wrong with it, if it is not within a string.
-        _check_schema({key: value for key, value in schema.items() if value != JSON_OPTIONS})
+        ours = isinstance(schema, dict) and schema.get("x-guidance") == JSON_OPTIONS
+        _check_schema({key: value for key, value in schema.items() if key != "x-guidance"} if ours else schema)
 
 
 def _spaces(text: str) -> int:

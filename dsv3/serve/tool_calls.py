@@ -139,8 +139,8 @@ class ToolCallParser:
             return []
         matched = V3_HEADER.fullmatch(header) or V31_HEADER.fullmatch(header)
         if not brace or not matched or len(header) > MAX_HEADER_CHARACTERS:
-            self._part, self._held = _Part.NO_CALL, CALL_BEGIN + self._held
-            return []
+            self._part = _Part.NO_CALL
+            return [self._take_opening() + CALL_BEGIN]
         self._part, self._held, self._opening = _Part.ARGUMENTS, self._held[len(header) :], ""
         self._fenced = "```" in header
         self.num_calls += 1
@@ -161,11 +161,11 @@ class ToolCallParser:
         return [ToolCallDelta(index=self.num_calls - 1, arguments=arguments)] if arguments else []
 
     def _read_no_call(self) -> list[str | ToolCallDelta]:
-        content, tag = self._take_until(CALL_END, CALLS_END)
-        if tag == CALLS_END:
-            self._part = _Part.CONTENT
+        content, tag = self._take_until(CALL_BEGIN, CALL_END, CALLS_END)
+        if tag == CALL_BEGIN:
+            self._part, tag = _Part.HEADER, ""
         elif tag:
-            self._part = _Part.BETWEEN_CALLS
+            self._part = _Part.BETWEEN_CALLS if tag == CALL_END else _Part.CONTENT
         shown = content + tag
         return [self._take_opening() + shown] if shown else []
 
@@ -298,6 +298,73 @@ def _render(message: Mapping[str, Any], *, format: ToolFormat) -> dict[str, Any]
     if calls and role != "assistant":
         raise ConfigError(f"only an assistant's message may hold tool_calls; found them in a message of role {role}")
     if calls:
-        written = [_write_call(*_call(call), format=format) for call in calls]
+        written = [_write_call(name, arguments=arguments, format=format) for name, arguments in map(_call, calls)]
         content += CALLS_BEGIN + ("\n" if format == "v3" else "").join(written) + CALLS_END
-    return {"role": "system" if role == "developer" else role, "content": content}
+    others = {key: value for key, value in message.items() if key != "tool_calls"}
+    return others | {"role": "system" if role == "developer" else role, "content": content}
+
+
+def _text(content: Any) -> str:
+    """Return a message's text: it may be a string, nothing, or a list of parts that are all text."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    parts = content if isinstance(content, list) else [content]
+    for part in parts:
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise ConfigError(
+                f"a message's content must be a text, or a list of parts of type 'text'; found {json.dumps(part)[:80]}"
+            )
+    return "".join(part["text"] for part in parts)
+
+
+def _call(call: Any) -> tuple[str, str]:
+    """Return name and arguments of a call in a message; arguments are a JSON text, or the object itself."""
+    function = _function(call)
+    arguments = function.get("arguments", "{}")
+    if isinstance(arguments, Mapping):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    if not isinstance(arguments, str):
+        raise ConfigError(
+            f"the arguments of a call of {function['name']} must be a JSON text or an object; "
+            f"found {type(arguments).__name__}"
+        )
+    return function["name"], arguments
+
+
+def _function(tool: Any) -> Mapping[str, Any]:
+    """Return the `function` of a tool, a call or a choice, its name checked."""
+    function = (
+        tool.get("function") if isinstance(tool, Mapping) and tool.get("type", "function") == "function" else None
+    )
+    if not isinstance(function, Mapping):
+        raise ConfigError(
+            f"a tool must be an object of type 'function' with a 'function' in it; found {str(tool)[:80]}"
+        )
+    name = function.get("name")
+    if not isinstance(name, str) or not re.fullmatch(NAME, name):
+        raise ConfigError(f"a function's name must be 1 to 64 letters, digits, _ or -; found {name!r}")
+    return function
+
+
+def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema of a function's arguments, which are always an object."""
+    schema = function.get("parameters") or {}
+    if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":
+        raise ConfigError(f"the parameters of {function['name']} must be a JSON schema of type object")
+    return {"type": "object", **schema}
+
+
+def _results_as_users(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Write the results of tools, neighbours together, into user messages."""
+    told: list[dict[str, Any]] = []
+    for message in messages:
+        if message["role"] != "tool":
+            told.append(message)
+            continue
+        output = OUTPUT_BEGIN + message["content"] + OUTPUT_END
+        last = told[-1]["content"] if told and told[-1]["role"] == "user" else ""
+        if last.startswith(OUTPUTS_BEGIN) and last.endswith(OUTPUTS_END):
+            told[-1] = {"role": "user", "content": f"{last.removesuffix(OUTPUTS_END)}\n{output}{OUTPUTS_END}"}
+        else:
+            told.append({"role": "user", "content": OUTPUTS_BEGIN + output + OUTPUTS_END})
+    return told

@@ -4,6 +4,7 @@ import re
 from importlib.util import find_spec
 
 import pytest
+import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -339,6 +340,24 @@ def test_an_expression_that_costs_too_much_on_the_way_ends_in_an_error_that_says
             constraint.advance(pick(constraint.allowed(vocab_size=published.vocab_size), rng=rng))
 
 
+def test_what_one_text_has_cost_does_not_end_another_of_the_same_grammar(published):
+    factory = GrammarFactory(published, eos_id=published.eos_id)
+    spec = GrammarSpec("regex", "(.{1,9999}a.{1,9999}){1,9999}")
+    early, costly = factory.make(spec), factory.make(spec)
+    assert all(map(early.advance, published.encode("ba")))
+    before = early.allowed(vocab_size=published.vocab_size)
+    rng = random.Random(0)
+    with pytest.raises(ConfigError, match="use a simpler one"):  # noqa: PT012
+        for _ in range(50):
+            costly.advance(pick(costly.allowed(vocab_size=published.vocab_size), rng=rng))
+    assert torch.equal(early.allowed(vocab_size=published.vocab_size), before)
+    early.roll_back(1)
+    assert early.advance(published.encode("a")[0])
+    late = factory.make(spec)
+    assert all(map(late.advance, published.encode("ba")))
+    assert torch.equal(late.allowed(vocab_size=published.vocab_size), before)
+
+
 def test_equal_specs_share_a_compiled_grammar_and_few_are_kept(small, monkeypatch):
     monkeypatch.setattr(grammar, "MAX_CACHED_GRAMMARS", 2)
     compiled = []
@@ -394,6 +413,25 @@ def test_thoughts_can_neither_end_the_text_nor_hold_special_tokens(small_factory
     assert not mask[small.vocab_size :].any()
     assert not constraint.advance(small.eos_id)
     assert not constraint.advance(small.vocab_size)
+    assert not constraint.finished
+
+
+def test_a_tokenizer_without_the_tags_closes_its_thoughts_with_several_tokens(small):
+    # As V3's own file, which has placeholders where R1's has the two tags.
+    source = small._backend.to_str()
+    for number, tag in enumerate(["<think>", "</think>"]):
+        source = source.replace(f'"content":"{tag}"', f'"content":"<｜place▁holder▁no▁{798 + number}｜>"')
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(source))
+    end = tokenizer.encode("</think>")
+    assert len(end) > 1
+    factory = GrammarFactory(tokenizer, eos_id=tokenizer.eos_id)
+    constraint = thinking(factory, GrammarSpec("regex", "a"), starts_inside=False)
+    assert all(map(constraint.advance, [*tokenizer.encode("<think>hm"), *end]))
+    assert not constraint.advance(tokenizer.encode("b")[0])
+    assert constraint.advance(tokenizer.encode("a")[0])
+    assert constraint.finished
+    constraint.roll_back(2)
+    assert constraint.advance(tokenizer.encode("b")[0])  # back among the thoughts
     assert not constraint.finished
 
 

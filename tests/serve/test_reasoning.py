@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,7 +46,7 @@ def test_a_text_is_parted_at_its_first_pair_of_tags(text, starts_inside, reasoni
 @given(text=PARTS, cuts=st.lists(st.integers(0, 60)), starts_inside=st.booleans())
 def test_the_parts_do_not_depend_on_how_the_text_was_cut(text, cuts, starts_inside):
     edges = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
-    pieces = [text[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    pieces = [text[start:end] for start, end in pairwise(edges)]
     assert split(pieces, starts_inside=starts_inside) == split([text], starts_inside=starts_inside)
 
 

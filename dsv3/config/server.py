@@ -1,0 +1,53 @@
+"""Settings of the HTTP server; those of the engine behind it are in `serving.py`."""
+
+from dataclasses import dataclass, field
+
+from dsv3.config.check import require_not_negative, require_positive
+from dsv3.config.serving import EngineConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """What is served, to whom, and within which limits."""
+
+    model: str
+    """Folder of the model."""
+    weights: str = "auto"
+    device: str = "auto"
+    threads: int = 0
+    cache_tokens: int | None = None
+    """Room for all requests together; None takes `loaded.CACHE_TOKENS`, a whole context, or what memory allows."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """`num_pages` is worked out from `cache_tokens`."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 takes a free one."""
+    served_name: str = ""
+    """What the model is called in the API; the folder's name when empty."""
+    api_keys: tuple[str, ...] = ()
+    """One of them must come with every request to /v1; none asks for none."""
+    cors_origins: tuple[str, ...] = ()
+    """Web pages of other origins that may ask; by default none may."""
+    max_tokens_default: int = 1024
+    """Tokens of an answer whose request does not say."""
+    max_choices: int = 16
+    """Largest n, and most prompts of one request."""
+    queue_limit: int = 256
+    """Answers under way, waiting ones among them; more are turned away with 429."""
+    queue_timeout_seconds: float = 60.0
+    """Longest wait for the first token."""
+    request_timeout_seconds: float = 600.0
+    """Longest time from a request to its last token."""
+    slow_reader_seconds: float = 30.0
+    """Longest time for a client to take what is written to it."""
+    keep_alive_seconds: float = 5.0
+    """After so long without a token, a comment is sent on a stream."""
+    body_limit_bytes: int = 8 * 1024 * 1024
+    drain_timeout_seconds: float = 30.0
+    """Time that answers have to end when the server is told to."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "max_tokens_default", "max_choices", "queue_limit", "body_limit_bytes")
+        require_positive(self, "queue_timeout_seconds", "request_timeout_seconds", "slow_reader_seconds")
+        require_positive(self, "keep_alive_seconds")
+        require_not_negative(self, "port", "drain_timeout_seconds", "threads")

@@ -1,0 +1,163 @@
+"""The engine's own process: it loads the model, and then does nothing but steps and messages.
+
+python -m dsv3.serve.engine_process ADDRESS     settings come on standard input
+"""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import zmq
+
+from dsv3.config import EngineConfig, ServerConfig
+from dsv3.errors import ConfigError, Dsv3Error
+from dsv3.infer.engine import Engine
+from dsv3.infer.loaded import CACHE_TOKENS, LoadedModel, load, tokens_that_fit
+from dsv3.infer.request import Request
+from dsv3.runtime.device import choose_device, set_threads
+from dsv3.runtime.log import show_log
+from dsv3.serve.grammar import GrammarFactory
+from dsv3.serve.messages import (
+    Ask,
+    Broken,
+    Cancel,
+    Check,
+    Checked,
+    Progress,
+    Ready,
+    Refused,
+    Stop,
+    ToEngine,
+    decode_to_engine,
+    encode,
+)
+
+IDLE_MILLISECONDS = 1000
+"""How long to wait for a message before looking whether the parent is still there."""
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+
+
+def main() -> None:
+    """Serve the engine at the address on the command line until told to stop, or until the parent is gone."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    # Ctrl-C in a terminal reaches this process too; the parent says when to end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    show_log(level=logging.INFO)
+    config = msgspec.json.decode(sys.stdin.buffer.read(), type=ServerConfig)
+    with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
+        socket.linger = 1000
+        socket.connect(sys.argv[1])
+        try:
+            service = EngineService(config)
+        except Dsv3Error as error:
+            socket.send(encode(Broken(str(error))))
+            return
+        except OSError as error:
+            socket.send(encode(Broken(f"{error.strerror}: {error.filename}" if error.filename else str(error))))
+            return
+        socket.send(encode(service.ready()))
+        run(service, socket=socket, parent=parent)
+
+
+def run(service: "EngineService", *, socket: "zmq.Socket[bytes]", parent: int) -> None:
+    """Take messages between steps, and step while there is work."""
+    while os.getppid() == parent:
+        wait = 0 if service.engine.has_work else IDLE_MILLISECONDS
+        while socket.poll(wait):
+            wait = 0
+            message = decode_to_engine(socket.recv())
+            if isinstance(message, Stop):
+                return
+            answer = service.take(message)
+            if answer is not None:
+                socket.send(encode(answer))
+        if service.engine.has_work:
+            events = service.engine.step()
+            socket.send(encode(Progress(events, service.engine.stats())))
+
+
+class EngineService:
+    """An engine that is spoken to in messages."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        set_threads(config.threads)
+        self._loaded = load(config.model, weights=config.weights, device=config.device, drafts=config.engine.max_drafts)
+        self.engine = build_engine(self._loaded, config=config)
+        self._grammars: GrammarFactory | None = None
+
+    def ready(self) -> Ready:
+        """Return what there is to say once the model is loaded."""
+        engine = self.engine.config
+        packed: Any = getattr(self._loaded.runner, "model", None)
+        weights = (
+            "the model that trains" if packed is None else f"{packed.format_name}, {packed.num_bytes / 1e9:.2f} GB"
+        )
+        return Ready(
+            context_limit=self.engine.context_limit,
+            weights=weights,
+            drafts=engine.max_drafts,
+            num_pages=engine.num_pages,
+            page_tokens=engine.page_tokens,
+        )
+
+    def take(self, message: ToEngine) -> Refused | Checked | None:
+        """Take one message, and return what is to be answered at once, if anything."""
+        if isinstance(message, Ask):
+            return self._ask(message)
+        if isinstance(message, Cancel):
+            for request_id in message.ids:
+                self.engine.cancel(request_id)
+        if isinstance(message, Check):
+            try:
+                self.engine.check()
+            except AssertionError as fault:
+                return Checked(str(fault) or "the engine's books do not add up")
+            return Checked("")
+        return None
+
+    def _ask(self, ask: Ask) -> Refused | None:
+        try:
+            constraint = None
+            if ask.grammar is not None:
+                constraint = self._factory().make(ask.grammar)
+                if ask.thinks_first:
+                    constraint = self._factory().reasoning_first(constraint, starts_inside=True)
+            request = Request(
+                id=ask.id,
+                prompt_ids=ask.prompt_ids,
+                params=ask.params,
+                constraint=constraint,
+                num_logprobs=ask.num_logprobs,
+                prompt_logprobs=ask.prompt_logprobs,
+            )
+            self.engine.add(request)
+        except ConfigError as error:
+            return Refused(ask.id, str(error))
+        return None
+
+    def _factory(self) -> GrammarFactory:
+        if self._grammars is None:
+            self._grammars = GrammarFactory(self._loaded.tokenizer, eos_id=self._loaded.config.eos_token_id)
+        return self._grammars
+
+
+def build_engine(loaded: LoadedModel, *, config: ServerConfig) -> Engine:
+    """Return the engine of a server, with as many pages as were asked for and fit."""
+    limit = loaded.config.max_position_embeddings
+    wanted = max(CACHE_TOKENS, limit) if config.cache_tokens is None else config.cache_tokens
+    tokens = tokens_that_fit(loaded.runner, wanted=wanted, device=choose_device(config.device))
+    pages = max(1, -(-tokens // config.engine.page_tokens))
+    settings: EngineConfig = replace(config.engine, num_pages=pages)
+    vocab_size = loaded.tokenizer.vocab_size
+    return Engine(loaded.runner, config=settings, vocab_size=vocab_size, eos_id=loaded.config.eos_token_id)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""What `/metrics` tells, in the format of Prometheus; names are like those of other engines, so dashboards carry over."""
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from dsv3.infer.request import EngineStats
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+
+
+class Metrics:
+    """Counts of one server."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self.stats = EngineStats()
+        """The engine's own counts, as of its newest step."""
+        self._registry.register(_OfEngine(self))
+        self.responses = Counter(
+            "dsv3_http_responses", "Answers by path and status.", ["path", "status"], registry=self._registry
+        )
+        self.first_token = Histogram(
+            "dsv3_time_to_first_token_seconds",
+            "From a request to its first token.",
+            buckets=SECONDS,
+            registry=self._registry,
+        )
+        self.per_token = Histogram(
+            "dsv3_time_per_output_token_seconds",
+            "Mean time of the tokens after the first, of each answer.",
+            buckets=TOKEN_SECONDS,
+            registry=self._registry,
+        )
+        self.end_to_end = Histogram(
+            "dsv3_e2e_request_latency_seconds",
+            "From a request to its last token.",
+            buckets=SECONDS,
+            registry=self._registry,
+        )
+
+    def text(self) -> bytes:
+        """Return all of it."""
+        return generate_latest(self._registry)
+
+
+class _OfEngine(Collector):
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._metrics.stats
+        gauges = {
+            "num_requests_waiting": (stats.num_waiting, "Requests that wait for their turn."),
+            "num_requests_running": (stats.num_running, "Requests in the engine's steps."),
+            "cache_pages": (stats.num_pages, "Pages of the latent cache."),
+            "cache_pages_in_use": (stats.num_pages_in_use, "Pages that requests hold."),
+            "cache_pages_kept": (stats.num_pages_cached, "Free pages that are still good as a prefix."),
+        }
+        for name, (value, text) in gauges.items():
+            yield GaugeMetricFamily(f"dsv3_{name}", text, value=value)
+        counters = {
+            "engine_steps": (stats.num_steps, "Steps of the engine."),
+            "prompt_tokens": (stats.num_prompt_tokens, "Tokens of prompts."),
+            "prefix_cache_hit_tokens": (stats.num_cached_tokens, "Tokens of prompts that were in the cache."),
+            "generation_tokens": (stats.num_generated_tokens, "Tokens generated."),
+            "preemptions": (stats.num_preemptions, "Requests that had to give up their pages."),
+        }
+        for name, (value, text) in counters.items():
+            yield CounterMetricFamily(f"dsv3_{name}", text, value=value)
+        for name, values, text in (
+            ("spec_decode_draft_tokens", stats.drafted_at, "Drafts verified, by place in the chain."),
+            ("spec_decode_accepted_tokens", stats.accepted_at, "Drafts that were right, by place in the chain."),
+        ):
+            family = CounterMetricFamily(f"dsv3_{name}", text, labels=["position"])
+            for place, value in enumerate(values):
+                family.add_metric([str(place)], value)
+            yield family
+        finished = CounterMetricFamily(
+            "dsv3_requests_finished", "Requests by the reason they ended.", labels=["reason"]
+        )
+        for reason, value in stats.finished.items():
+            finished.add_metric([reason], value)
+        yield finished
