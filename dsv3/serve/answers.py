@@ -100,11 +100,6 @@ class Choice:
         self._reasoning = ReasoningSplitter(starts_inside=thinks) if splits_reasoning else None
         self._calls = ToolCallParser() if reads_tools else None
 
-    @property
-    def has_ended(self) -> bool:
-        """Whether nothing more will come."""
-        return self.finish_reason is not None
-
     def take(self, event: TokenEvent) -> Delta:
         """Take what the engine brought; the answer may end here although the engine would go on."""
         self.usage.prompt = event.num_prompt_tokens

@@ -426,6 +426,11 @@ def _check_schema(schema: Any) -> None:
             f"the values of 'multipleOf' in a JSON schema may have a common multiple of {MAX_COMMON_MULTIPLE:,} "
             "at most, counted in units of their last decimal place; use smaller ones, or 'enum'"
         )
+    if any(_counts_names_twice(part) for part in parts):
+        raise ConfigError(
+            "'minProperties' in a JSON schema may ask for one property more than 'required' names: further ones could "
+            "be the same name again; require more names, or lower it"
+        )
     num_parts = sum(len(part["allOf"]) for part in parts if isinstance(part.get("allOf"), list))
     if num_parts > MAX_ALL_OF_PATTERNS and any("pattern" in part or "format" in part for part in parts):
         raise ConfigError(
@@ -448,6 +453,11 @@ def _objects_of(schema: Any) -> list[dict[str, Any]]:
         elif isinstance(part, list):
             pending += [(value, depth + 1) for value in part]
     return objects
+
+
+def _counts_names_twice(part: dict[str, Any]) -> bool:
+    least, required = part.get("minProperties"), part.get("required")
+    return isinstance(least, int | float) and least > 1 + (len(required) if isinstance(required, list) else 0)
 
 
 def _step(value: Any) -> list[Decimal]:

@@ -1,4 +1,4 @@
-"""What `/metrics` tells, in the format of Prometheus; names are like those of other engines, so dashboards carry over."""
+"""What `/metrics` tells, in the format of Prometheus; names are like those of other engines, for their dashboards."""
 
 from collections.abc import Iterable
 

@@ -77,8 +77,8 @@ class Answers:
         Raises:
             ApiError: a prompt is refused by the engine, an answer fails, or a time-out is met.
         """
-        left = len(self.choices)
-        while left:
+        ended: set[int] = set()
+        while len(ended) < len(self.choices):
             try:
                 limit = self._time_left()
                 wait = limit if wake_seconds is None else min(limit, wake_seconds)
@@ -87,11 +87,11 @@ class Answers:
                 self._time_left()
                 yield None
                 continue
-            if choice.has_ended:
+            if choice.index in ended:
                 continue  # what came after a stop string
             delta = self._taken(choice, event)
-            if choice.has_ended:
-                left -= 1
+            if delta.finish_reason is not None:
+                ended.add(choice.index)
                 self._engine.forget([choice.request_id])
                 self._observe(choice)
             if not delta.is_empty:
