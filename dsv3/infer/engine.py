@@ -272,7 +272,10 @@ class Engine:
                 return
 
     def _ends(self, token: int, request: Request) -> bool:
-        return (token == self._eos_id and not request.params.ignore_end) or token in request.params.stop_token_ids
+        if token == self._eos_id:
+            # Where a grammar allows the end token, the text is complete, and nothing else may follow it.
+            return not request.params.ignore_end or request.constraint is not None
+        return token in request.params.stop_token_ids
 
     def _limit_reached(self, sequence: Sequence) -> FinishReason | None:
         most = sequence.request.params.max_tokens

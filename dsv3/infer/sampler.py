@@ -51,7 +51,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the answer as the model's end token does."""
     ignore_end: bool = False
-    """Go on past the model's end token, as benchmarks want it."""
+    """Go on past the model's end token, as benchmarks want it; what a grammar ends is ended all the same."""
     max_tokens: int | None = 256
     """Tokens generated at most; None goes on to the end of the text or of the context."""
 

@@ -138,7 +138,16 @@ def tiny_folder(tmp_path_factory):
 def server(tiny_folder):
     """One server for all tests that leave it as they found it."""
     live = LiveServer(
-        tiny_folder, "--drafts", "2", "--no-adaptive-drafts", "--page-tokens", "16", "--queue-limit", "40", "--body-limit-mb", "0.2"
+        tiny_folder,
+        "--drafts",
+        "2",
+        "--no-adaptive-drafts",
+        "--page-tokens",
+        "16",
+        "--queue-limit",
+        "40",
+        "--body-limit-mb",
+        "0.2",
     )
     try:
         yield live.wait()
