@@ -53,3 +53,36 @@ def test_ignored_targets_stay_ignored_ahead():
         tokens=batch.tokens, positions=batch.positions, starts=batch.starts, targets=torch.tensor([2, IGNORE])
     )
     assert batch.ahead().targets.tolist() == [IGNORE]
+
+
+@given(bounds=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 4)), min_size=1, max_size=5))
+def test_firsts_and_ends_are_the_positions_that_each_sequence_goes_from_and_to(bounds):
+    batch = pieces([(first, first + count) for first, count in bounds])
+    assert batch.firsts == tuple(first if count else 0 for first, count in bounds)  # an empty one could be anywhere
+    assert batch.ends == tuple(first + count if count else 0 for first, count in bounds)
+
+
+@given(bounds=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 4)), min_size=1, max_size=5))
+def test_firsts_stay_when_a_batch_moves_and_when_it_looks_ahead(bounds):
+    batch = pieces([(first, first + count) for first, count in bounds])
+    assert batch.to("cpu").firsts == batch.firsts
+    ahead = batch.ahead()
+    assert ahead.firsts == batch.firsts
+    assert ahead.ends == tuple(first + count - 1 for first, count in bounds)
+    where = zip(ahead.firsts, ahead.ends, strict=True)
+    assert ahead.positions.tolist() == [place for first, end in where for place in range(first, end)]
+
+
+def test_rows_and_whole_sequences_begin_at_0():
+    assert TokenBatch.from_rows(torch.ones(3, 5, dtype=torch.long)).firsts == (0, 0, 0)
+    batch = TokenBatch.from_sequences([[4, 5], [6]])
+    assert (batch.firsts, batch.ends, batch.lengths) == ((0, 0), (2, 1), (2, 1))
+
+
+def pieces(bounds):
+    """Sequences that go on from where they are, each from one position to another."""
+    return TokenBatch(
+        tokens=torch.zeros(sum(end - first for first, end in bounds), dtype=torch.long),
+        positions=torch.cat([torch.arange(first, end) for first, end in bounds]),
+        starts=torch.tensor([0, *(end - first for first, end in bounds)]).cumsum(0),
+    )

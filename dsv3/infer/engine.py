@@ -4,6 +4,7 @@ Each step is one pass over whatever is due: chunks of prompts, the newest token 
 be verified. What a request is answered does not depend on the others: see docs/decisions/0005-engine.md.
 """
 
+import math
 import time
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,11 @@ class Outcome:
     finish_reason: FinishReason | None = None
     error: str = ""
 
+    def fail(self, error: Exception) -> None:
+        """End the request with what broke; tokens that it has brought by then stand."""
+        self.finish_reason = FinishReason.FAILED
+        self.error = (str(error) if isinstance(error, Dsv3Error) else "") or repr(error)
+
 
 class Engine:
     """Requests in, tokens out. It does nothing by itself: call `step` while it `has_work`, from one thread."""
@@ -61,6 +67,8 @@ class Engine:
             vocab_size=vocab_size,
         )
         self._draft_length = DraftLength(config.max_drafts, is_adaptive=config.adaptive_drafts)
+        self._num_wanted = 0
+        """Drafts that were wanted of each sequence after the last step."""
         self._most_unread = max(64, config.page_tokens)
         self._sequences: dict[str, Sequence] = {}
         self._num_arrived = 0
@@ -117,17 +125,16 @@ class Engine:
         works = self._scheduler.next_work()
         if not works:
             return events
+        outcomes = [Outcome(work=work) for work in works]
         try:
-            outcomes = self._read(works)
+            self._read(outcomes)
             num_wanted = self._draft_length.choose(num_sequences=len(works))
             self._draft(outcomes, num_wanted=num_wanted)
         except Exception as error:  # Whatever a model may raise: this step's requests fail, the engine goes on.
             log.exception("a step failed; its %d requests are ended", len(works))
-            outcomes = [
-                Outcome(work=work, finish_reason=FinishReason.FAILED, error=str(error) or repr(error))
-                for work in works
-                if work.sequence.request.id in self._sequences
-            ]
+            for outcome in outcomes:
+                if outcome.finish_reason is None:
+                    outcome.fail(error)
         else:
             self._time(works, seconds=time.perf_counter() - began, num_wanted=num_wanted)
         self._stats.num_steps += 1
@@ -178,7 +185,9 @@ class Engine:
             raise ConfigError(f"request {request.id!r} is being worked on already; give each request an id of its own")
         if not prompt:
             raise ConfigError("the prompt has no tokens; give at least one, such as the model's bos_token_id")
-        check_ids(prompt, vocab_size=self._runner.config.vocab_size)
+        # What the model has a row for can be read; a probability belongs to what can be drawn alone.
+        known = self._vocab_size if request.prompt_logprobs else self._runner.config.vocab_size
+        check_ids(prompt, vocab_size=known)
         check_ids([token for token, _ in params.logit_bias], vocab_size=self._vocab_size, what="of logit_bias")
         check_ids(params.stop_token_ids, vocab_size=self._vocab_size, what="of stop_token_ids")
         if len(prompt) >= self._limit:
@@ -192,8 +201,9 @@ class Engine:
 
     # ---- one pass ----
 
-    def _read(self, works: Items[Work]) -> list[Outcome]:
+    def _read(self, outcomes: Items[Outcome]) -> None:
         """Run the main model, draw what follows each sequence that was read to its end, and keep what was right."""
+        works = [outcome.work for outcome in outcomes]
         counts = [work.num_tokens for work in works]
         starts = [0, *accumulate(counts)]
         batch = TokenBatch(
@@ -212,33 +222,31 @@ class Engine:
             logits = self._runner.logits(states.hidden.index_select(0, torch.tensor(rows, device=states.hidden.device)))
         best, tokens = logits[:, : self._vocab_size].max(dim=1)
         likeliest = list(zip(best.tolist(), tokens.tolist(), strict=True))
-        outcomes = []
         begin = 0
-        for work, mine, (first, end) in zip(works, wanted, pairwise(starts), strict=True):
+        for outcome, mine, (first, end) in zip(outcomes, wanted, pairwise(starts), strict=True):
+            work = outcome.work
             part = slice(begin, begin + len(mine))
             begin += len(mine)
-            outcome = self._take(work, logits=logits[part], likeliest=likeliest[part])
-            outcomes.append(outcome)
+            self._take(outcome, logits=logits[part], likeliest=likeliest[part])
             if outcome.finish_reason is None and self._drafter.num_modules:
                 standing = min(work.first + work.num_tokens, len(work.sequence.tokens) - 1) - work.first
                 self._drafter.keep(work.sequence, states.handed_on[first:end][:standing], first=work.first)
-        return outcomes
 
-    def _take(self, work: Work, *, logits: Float[Tensor, "row vocab"], likeliest: Items[tuple[float, int]]) -> Outcome:
+    def _take(
+        self, outcome: Outcome, *, logits: Float[Tensor, "row vocab"], likeliest: Items[tuple[float, int]]
+    ) -> None:
         """Draw and commit tokens of one sequence: one more than drafts that were right."""
-        outcome, sequence = Outcome(work=work), work.sequence
+        work, sequence = outcome.work, outcome.work.sequence
         try:
             skipped = self._score_prompt(work, logits)
             sequence.num_computed = work.first + work.count
             if work.reaches_end:
                 self._draw(outcome, logits=logits[skipped:], likeliest=likeliest[skipped:])
         except Dsv3Error as error:
-            outcome.finish_reason, outcome.error = FinishReason.FAILED, str(error)
+            outcome.fail(error)
         except Exception as error:  # A grammar is foreign code; what breaks in it ends its own request.
             log.exception("request %s failed", sequence.request.id)
-            outcome.finish_reason, outcome.error = FinishReason.FAILED, repr(error)
-        self._count(work, outcome)
-        return outcome
+            outcome.fail(error)
 
     def _draw(
         self, outcome: Outcome, *, logits: Float[Tensor, "row vocab"], likeliest: Items[tuple[float, int]]
@@ -247,7 +255,7 @@ class Engine:
         sequence, drafts = outcome.work.sequence, outcome.work.drafts
         request, constraint = sequence.request, sequence.request.constraint
         for place, (best, token) in enumerate(likeliest):
-            if best != best:
+            if not math.isfinite(best):
                 raise CheckpointError(NOT_NUMBERS)
             if constraint is not None or not sequence.sampler.is_plain:
                 allowed = None if constraint is None else constraint.allowed(vocab_size=self._vocab_size)
@@ -303,7 +311,7 @@ class Engine:
         """Let the MTP modules follow, and draft for the sequences that decode on."""
         if not self._drafter.num_modules:
             return
-        chains = []
+        chains: dict[Chain, Outcome] = {}
         for outcome in outcomes:
             sequence = outcome.work.sequence
             if outcome.finish_reason is not None:
@@ -313,9 +321,12 @@ class Engine:
             if wanted == 0 and outcome.work.reaches_end and sequence.mtp[0].num_unread < self._most_unread:
                 sequence.drafts = []
                 continue
-            chains.append(Chain(sequence=sequence, num_wanted=wanted))
+            chains[Chain(sequence=sequence, num_wanted=wanted)] = outcome
         if chains:
-            self._drafter.follow(chains)
+            self._drafter.follow(list(chains))
+        for chain, outcome in chains.items():
+            if chain.error is not None:
+                outcome.fail(chain.error)
 
     def _most_drafts(self, sequence: Sequence, *, num_wanted: int) -> int:
         """Return how many drafts are of use: the last token of an answer is drawn anyway, and each needs a page."""
@@ -329,14 +340,18 @@ class Engine:
         return wanted
 
     def _time(self, works: Items[Work], *, seconds: float, num_wanted: int) -> None:
-        """Tell what a step took, if all it did was decode with one number of drafts."""
-        if self.config.max_drafts and all(work.count == 1 and len(work.drafts) == num_wanted for work in works):
+        """Tell what a step took, if all it did was decode, and as many drafts were wanted before as after it.
+
+        Fewer may have been made: among many requests there is always one that is near its end.
+        """
+        if self.config.max_drafts and num_wanted == self._num_wanted and all(work.count == 1 for work in works):
             self._draft_length.record(num_sequences=len(works), length=num_wanted, seconds=seconds)
+        self._num_wanted = num_wanted
 
     # ---- what is told ----
 
-    def _count(self, work: Work, outcome: Outcome) -> None:
-        stats = self._stats
+    def _count(self, outcome: Outcome) -> None:
+        stats, work = self._stats, outcome.work
         for place in range(len(work.drafts)):
             stats.drafted_at[place] += 1
             stats.accepted_at[place] += place < outcome.num_accepted
@@ -347,6 +362,7 @@ class Engine:
     def _event(self, outcome: Outcome) -> TokenEvent | None:
         """Return what is to be told of an outcome, and end the request or make its pages known."""
         work, sequence = outcome.work, outcome.work.sequence
+        self._count(outcome)
         if outcome.finish_reason is not FinishReason.FAILED:
             end = sequence.num_computed
             if self._drafter.num_modules:
@@ -359,9 +375,7 @@ class Engine:
         if first_time:
             self._stats.num_prompt_tokens += sequence.num_prompt
             self._stats.num_cached_tokens += sequence.num_cached or 0
-        if outcome.finish_reason is not None:
-            self._end(sequence, outcome.finish_reason)
-        return TokenEvent(
+        event = TokenEvent(
             id=sequence.request.id,
             tokens=tuple(outcome.tokens),
             logprobs=tuple(outcome.logprobs),
@@ -373,6 +387,9 @@ class Engine:
             num_drafted=len(work.drafts),
             num_accepted=outcome.num_accepted,
         )
+        if outcome.finish_reason is not None:
+            self._end(sequence, outcome.finish_reason)
+        return event
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         """Forget a request. What it computed stays good as a prefix."""

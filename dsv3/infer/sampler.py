@@ -20,8 +20,6 @@ from torch import Tensor
 from dsv3.errors import CheckpointError, ConfigError
 
 _STEP = np.uint64(0x9E3779B97F4A7C15)
-_LIKELIEST = 256
-"""Tokens looked at first: as a rule top-p and top-k leave fewer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +67,10 @@ class SamplingParams:
                 raise ConfigError(f"{name} = {getattr(self, name)}; use 0 for none, or a finite number")
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
             raise ConfigError(f"repetition_penalty = {self.repetition_penalty}; use 1 for none, or a positive number")
-        if any(token < 0 or math.isnan(bias) for token, bias in self.logit_bias):
-            raise ConfigError(f"logit_bias = {self.logit_bias}; it needs token ids from 0 on, and numbers")
+        if any(token < 0 or math.isnan(bias) or bias == math.inf for token, bias in self.logit_bias):
+            raise ConfigError(
+                f"logit_bias = {self.logit_bias}; it needs token ids from 0 on, and finite numbers (or -inf to forbid)"
+            )
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed = {self.seed}; it must be 0 or more and less than 2**63")
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -84,7 +84,7 @@ def next_probabilities(
 ) -> Float[Tensor, "sequence vocab"]:
     """Return the distribution that is drawn from: after temperature, then top-k, then top-p, then min-p.
 
-    The plain form; `likely_tokens` gives the same without looking at all tokens. At temperature 0 all of it lies on the
+    The plain form; `likely_tokens` gives the same without sorting all tokens. At temperature 0 all of it lies on the
     likeliest token.
     """
     if params.temperature == 0:
@@ -110,39 +110,34 @@ def likely_tokens(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """Return the tokens that may be drawn and their probabilities, as `next_probabilities` has them.
 
-    A few hundred of the likeliest are looked at first, and more only if they do not settle it. The temperature must not
-    be 0.
+    In order of id; of equals at an edge those with the lowest ids are in. The temperature must not be 0.
     """
     # numpy rather than torch: its threads cost more than they bring for one row of logits.
-    vocab = logits.shape[0]
     row = logits.detach().cpu().numpy()
-    scaled = (row.astype(np.float64) - row.max()) / params.temperature
-    weights = np.exp(scaled)
-    if params.top_k == 0 and params.top_p == 1 and params.min_p == 0:
-        return np.arange(vocab), weights / weights.sum()
-    top_k = params.top_k if 0 < params.top_k < vocab else None
-    total = None if top_k else weights.sum()
-    for count in (top_k,) if top_k else (min(vocab, _LIKELIEST), min(vocab, 16 * _LIKELIEST), vocab):
-        tokens = _highest(scaled, count=count)
-        probabilities = weights[tokens] / (total or weights[tokens].sum())
-        kept = len(tokens)
-        if params.top_p < 1:
-            kept = int((np.concatenate(([0.0], np.cumsum(probabilities)[:-1])) < params.top_p).sum())
-        if params.min_p > 0:
-            kept = min(kept, int((probabilities >= params.min_p * probabilities[0]).sum()))
-        if kept < count or top_k or count == vocab:
-            break
-    return tokens[:kept], probabilities[:kept] / probabilities[:kept].sum()
+    with np.errstate(over="ignore"):  # A tiny temperature sends all but the likeliest to minus infinity.
+        scaled = (row.astype(np.float64) - row.max()) / params.temperature
+    tokens, weights = np.arange(len(row)), np.exp(scaled)  # 1 for the likeliest
+    if 0 < params.top_k < len(row):
+        tokens = _highest(scaled, count=params.top_k)
+        weights = weights[tokens]
+    if params.top_p < 1:
+        inside = _that_reach(weights, share=params.top_p)
+        tokens, weights = tokens[inside], weights[inside]
+    if params.min_p > 0:
+        inside = np.flatnonzero(weights >= params.min_p)
+        tokens, weights = tokens[inside], weights[inside]
+    return tokens, weights / weights.sum()
 
 
 def waiting_times(seed: int, *, place: int, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """Return an exponentially distributed number for each token, a function of (seed, place, token) alone.
 
     The bits are those of SplitMix64 (Steele, Lea and Flood, 2014), once over the seed and place, once over the token.
+    Tokens counted from 1 keep it from its fixed point 0, and 52 bits and a half from a number that rounds to 1.
     """
     start = _mixed(np.array([seed], dtype=np.uint64) + np.array([place], dtype=np.uint64) * _STEP)
-    bits = _mixed(_mixed(tokens.astype(np.uint64) * _STEP + start) ^ start)
-    uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    bits = _mixed(_mixed((tokens.astype(np.uint64) + np.uint64(1)) * _STEP + start) ^ start)
+    uniform = ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
     return -np.log(uniform)
 
 
@@ -154,7 +149,9 @@ class TokenSampler:
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self._vocab_size = vocab_size
         self._answer: Counter[int] = Counter()
-        self._prompt = set(prompt_ids) if params.repetition_penalty != 1 else set()
+        # A prompt may have ids beyond those that are drawn from.
+        is_asked = params.repetition_penalty != 1
+        self._prompt = {token for token in prompt_ids if token < vocab_size} if is_asked else set()
         self._bias = dict(params.logit_bias)
         self._counts = params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1
 
@@ -170,7 +167,7 @@ class TokenSampler:
 
     def choose(
         self,
-        logits: Float[Tensor, " vocab"],
+        logits: Float[Tensor, " row"],
         *,
         place: int,
         drafts: Sequence[int] = (),
@@ -178,20 +175,23 @@ class TokenSampler:
     ) -> int:
         """Return the token at a place of the answer. `drafts` stand between what was added and this place.
 
-        Ids from `vocab_size` on are never drawn: the published embedding has 129,280 rows for 128,815 tokens, and what
-        the unused rows score means nothing.
+        `allowed` is of `vocab_size` tokens. Ids from `vocab_size` on are never drawn: the published embedding has
+        129,280 rows for 128,815 tokens, and what the unused rows score means nothing.
 
         Raises:
             CheckpointError: the logits are not numbers.
+            ConfigError: every token is forbidden.
         """
         scores = self._adjusted(logits[: self._vocab_size], drafts=drafts)
         if allowed is not None:
             scores = scores.masked_fill(~allowed[: self._vocab_size], -math.inf)
-        best, token = scores.max(dim=0)
-        if math.isnan(best):
+        best = float(scores.max())
+        if best == -math.inf:
+            raise ConfigError("no token may come next: the grammar and logit_bias forbid them all; loosen one of them")
+        if not math.isfinite(best):
             raise CheckpointError(NOT_NUMBERS)
         if self.params.temperature == 0:
-            return int(token)
+            return int(scores.argmax())
         tokens, probabilities = likely_tokens(scores, params=self.params)
         waits = waiting_times(self.seed, place=place, tokens=tokens)
         return int(tokens[np.argmax(probabilities / waits)])
@@ -204,7 +204,7 @@ class TokenSampler:
         if self._counts:
             answer = self._answer + Counter(drafts)
             if self.params.repetition_penalty != 1:
-                seen = torch.tensor(sorted(self._prompt | answer.keys()))
+                seen = torch.tensor(sorted(self._prompt | answer.keys()), dtype=torch.long)
                 here = scores[seen]
                 factor = self.params.repetition_penalty
                 scores[seen] = torch.where(here > 0, here / factor, here * factor)
@@ -217,17 +217,28 @@ class TokenSampler:
 
 
 NOT_NUMBERS = (
-    "the model's logits are not numbers (NaN): its weights are damaged, or overflow in this type; try weights 'fp32'"
+    "the model's logits are not numbers (NaN or infinity): its weights are damaged, or overflow in this type; "
+    "try weights 'fp32'"
 )
 
 
 def _highest(scores: npt.NDArray[np.float64], *, count: int) -> npt.NDArray[np.int64]:
-    """Return the tokens of the `count` highest scores, highest first; of equal ones the lowest ids."""
-    tokens = np.arange(len(scores))
-    if count < len(scores):
-        least = np.partition(scores, len(scores) - count)[len(scores) - count]
-        tokens = np.flatnonzero(scores >= least)  # those equal to the last, all of them
-    return tokens[np.argsort(-scores[tokens], kind="stable")[:count]]
+    """Return the tokens of the `count` highest scores, in order of id; of equal ones the lowest ids."""
+    least = np.partition(scores, len(scores) - count)[len(scores) - count]
+    inside = scores > least
+    equals = np.flatnonzero(scores == least)
+    inside[equals[: count - int(inside.sum())]] = True
+    return np.flatnonzero(inside)
+
+
+def _that_reach(weights: npt.NDArray[np.float64], *, share: float) -> npt.NDArray[np.int64]:
+    """Return the places of the shortest list of largest weights that has `share` of them all, in order of place."""
+    total = weights.sum()
+    # Whatever weighs less than this need not be sorted: all of it together is less than what may be left out.
+    likely = np.flatnonzero(weights >= (1 - share) * total / len(weights))
+    ordered = np.sort(weights[likely])[::-1]
+    count = int((np.cumsum(ordered) - ordered < share * total).sum())
+    return likely[_highest(weights[likely], count=count)]
 
 
 def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

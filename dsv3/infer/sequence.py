@@ -71,7 +71,7 @@ class Sequence:
 
     def start_over(self) -> None:
         """Forget what was computed; the pages must have been let go of."""
-        self.pages, self.drafts, self.mtp = [], [], []
+        self.pages, self.drafts, self.mtp, self.prompt_logprobs = [], [], [], []
         self.num_computed = self.num_registered = 0
 
     def past_of(self, module: int, *, first: int) -> MtpPast:

@@ -16,6 +16,9 @@ from torch import Tensor
 from dsv3.batch import TokenBatch
 from dsv3.infer.runner import Runner
 from dsv3.infer.sequence import Sequence
+from dsv3.runtime.log import get_logger
+
+log = get_logger(__name__)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -32,6 +35,8 @@ class Chain:
     """What it made of drafts: good for this chain alone."""
     is_broken: bool = False
     """Whether the last draft could not be made, so that no further one can."""
+    error: Exception | None = None
+    """What the request's grammar raised when it was moved; where it stands now is not known."""
 
     def goes_on(self, step: int) -> bool:
         """Whether draft number `step` (from 0) is to be made."""
@@ -68,20 +73,19 @@ class Drafter:
         past.unread.append(state)
 
     def follow(self, chains: Items[Chain]) -> None:
-        """Bring all modules in step with the sequences, and leave drafts in these, where they are wanted."""
-        try:
-            for module in range(self.num_modules):
-                pieces = [piece for chain in chains if (piece := self._piece(chain, module=module)) is not None]
-                self._run(pieces, module=module)
-            for step in range(self.num_modules, max((chain.num_wanted for chain in chains), default=0)):
-                pieces = [self._piece_ahead(chain, step=step) for chain in chains if chain.goes_on(step)]
-                self._run(pieces, module=self.num_modules - 1, step=step)
-        finally:
-            for chain in chains:
-                chain.sequence.drafts = chain.drafts
-                constraint = chain.sequence.request.constraint
-                if constraint is not None and chain.drafts:
-                    constraint.roll_back(len(chain.drafts))
+        """Bring all modules in step with the sequences, and leave drafts in these, where they are wanted.
+
+        The request of a chain with an `error` cannot go on.
+        """
+        for module in range(self.num_modules):
+            pieces = [piece for chain in chains if (piece := self._piece(chain, module=module)) is not None]
+            self._run(pieces, module=module)
+        for step in range(self.num_modules, max((chain.num_wanted for chain in chains), default=0)):
+            pieces = [self._piece_ahead(chain, step=step) for chain in chains if chain.goes_on(step)]
+            self._run(pieces, module=self.num_modules - 1, step=step)
+        for chain in chains:
+            _roll_back(chain)
+            chain.sequence.drafts = chain.drafts
 
     def _piece(self, chain: Chain, *, module: int) -> _Piece | None:
         """Return what a module reads of one sequence: all that stands, and up to its end if it is to draft."""
@@ -148,16 +152,49 @@ class Drafter:
 
     def _draft(self, chain: Chain, logits: Float[Tensor, " vocab"]) -> None:
         """Draw the chain's next draft, as the token it stands for will be drawn; end tokens are not worth verifying."""
-        sequence = chain.sequence
-        constraint = sequence.request.constraint
-        allowed = None if constraint is None else constraint.allowed(vocab_size=self._vocab_size)
-        token = sequence.sampler.choose(
-            logits, place=sequence.num_answer + len(chain.drafts), drafts=chain.drafts, allowed=allowed
+        request = chain.sequence.request
+        token = self._choose(chain, logits)
+        chain.is_broken = (
+            token is None
+            or token in self._end_ids
+            or token in request.params.stop_token_ids
+            or (request.constraint is not None and not _advance(chain, token))
         )
-        ends = token in self._end_ids or token in sequence.request.params.stop_token_ids
-        chain.is_broken = ends or (constraint is not None and not constraint.advance(token))
-        if not chain.is_broken:
+        if token is not None and not chain.is_broken:
             chain.drafts.append(token)
+
+    def _choose(self, chain: Chain, logits: Float[Tensor, " vocab"]) -> int | None:
+        """Return the token drawn, or None where that fails: if the text comes here, its own draw will say why."""
+        sequence, constraint = chain.sequence, chain.sequence.request.constraint
+        try:
+            allowed = None if constraint is None else constraint.allowed(vocab_size=self._vocab_size)
+            place = sequence.num_answer + len(chain.drafts)
+            return sequence.sampler.choose(logits, place=place, drafts=chain.drafts, allowed=allowed)
+        except Exception as error:
+            log.debug("request %s: no draft, for %r", sequence.request.id, error)
+            return None
+
+
+def _advance(chain: Chain, token: int) -> bool:
+    """Move the grammar by one draft; False if it does not allow that, or breaks."""
+    constraint = chain.sequence.request.constraint
+    assert constraint is not None
+    try:
+        return constraint.advance(token)
+    except Exception as error:
+        chain.error = error
+        return False
+
+
+def _roll_back(chain: Chain) -> None:
+    """Move the grammar back over the drafts, which are not part of the text yet."""
+    constraint = chain.sequence.request.constraint
+    if constraint is None or not chain.drafts or chain.error:
+        return
+    try:
+        constraint.roll_back(len(chain.drafts))
+    except Exception as error:
+        chain.error = error
 
 
 class DraftLength:

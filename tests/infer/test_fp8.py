@@ -139,7 +139,9 @@ def test_a_snapshot_that_reads_the_hidden_state_first_keeps_its_order(new_run, m
     tensors = {"model": model.state_dict()}
     save_snapshot(new_run / "snapshots", step=1, tensors=tensors, state={}, policy=SnapshotConfig())
     for weights in ("fp32", "fp8"):
-        assert torch.equal(load(new_run, weights=weights, **CPU).model.mtp[0].eh_proj.weight, model.mtp[0].eh_proj.weight)
+        assert torch.equal(
+            load(new_run, weights=weights, **CPU).model.mtp[0].eh_proj.weight, model.mtp[0].eh_proj.weight
+        )
 
 
 def test_a_weight_that_is_not_finite_is_refused_by_name(run_with_snapshots, model, new_run):
