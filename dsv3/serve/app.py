@@ -105,7 +105,9 @@ class Application:
             return
         async with self._compiling:  # a factory is used by one thread at a time
             try:
-                await asyncio.to_thread(self._grammars.make, question.grammar)
+                constraint = await asyncio.to_thread(self._grammars.make, question.grammar)
+                # Some grammars are found too large only when the first token is asked for.
+                await asyncio.to_thread(constraint.allowed, vocab_size=self.tokenizer.vocab_size)
             except Exception as error:
                 raise ApiError(400, str(error), param=grammar_parameter(body)) from error
 

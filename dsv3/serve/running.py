@@ -16,7 +16,7 @@ from dsv3.serve.errors import ApiError
 from dsv3.serve.messages import Ask, Refused
 from dsv3.serve.metrics import Metrics
 
-MOST_UNREAD = 4096
+MOST_UNREAD = 16_384
 """Events of one answer that may lie unread before its reader is given up."""
 
 
@@ -100,7 +100,7 @@ class Answers:
     async def _read(self, choice: Choice, inbox: "asyncio.Queue[TokenEvent | Refused]") -> None:
         while True:
             event = await inbox.get()
-            if self._events.qsize() > MOST_UNREAD:
+            if self._events.qsize() > MOST_UNREAD * len(self.choices):
                 event = TokenEvent(id=choice.request_id, finish_reason=FinishReason.FAILED, error="nobody reads this")
                 self._engine.forget([choice.request_id])
             self._events.put_nowait((choice, event))
