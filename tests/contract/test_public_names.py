@@ -8,6 +8,7 @@ import torch
 
 import dsv3
 from dsv3.infer.loaded import LoadedModel, SamplingSettings
+from dsv3.infer.runner import TorchRunner
 from dsv3.model.transformer import Transformer
 
 PACKAGE = ["TokenBatch", "__version__", "load", "recipes"]
@@ -16,7 +17,9 @@ LOADED_MODEL = {
     "config",
     "is_base",
     "model",
+    "runner",
     "source",
+    "streams",
     "tokenizer",
     "trained_length",
     # what it does
@@ -29,7 +32,21 @@ LOADED_MODEL = {
     "stream_chat",
     "stream_ids",
 }
-SAMPLING = {"max_tokens", "seed", "stop", "temperature", "top_k", "top_p"}
+SAMPLING = {
+    "frequency_penalty",
+    "ignore_end",
+    "logit_bias",
+    "max_tokens",
+    "min_p",
+    "presence_penalty",
+    "repetition_penalty",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "temperature",
+    "top_k",
+    "top_p",
+}
 RECIPES = {"small", "tiny", "v3_16b", "v3_236b", "v3_671b"}
 
 
@@ -57,7 +74,7 @@ def test_the_recipes_are_functions_of_these_names():
 def test_a_loaded_model_has_these_members_and_no_others():
     with torch.device("meta"):
         model = Transformer(dsv3.recipes.tiny().model)
-    made = LoadedModel(model, tokenizer=None, source="", is_base=True, trained_length=1)
+    made = LoadedModel(TorchRunner(model), tokenizer=None, source="", is_base=True, trained_length=1)
     members = {name for name in {*vars(made), *vars(LoadedModel)} if not name.startswith("_")}
     assert members == LOADED_MODEL
 
