@@ -50,7 +50,10 @@ def cut(routing: Routing, tokens: slice) -> Routing:
 
 
 def output_of(routings: list[Routing], batches: list[TokenBatch]) -> ModelOutput:
-    return ModelOutput(hidden=torch.zeros(1, 1), mtp=(), routings=tuple(routings), routed_batches=tuple(batches))
+    nothing = torch.zeros(1, 1)
+    return ModelOutput(
+        hidden=nothing, before_norm=nothing, mtp=(), routings=tuple(routings), routed_batches=tuple(batches)
+    )
 
 
 def equation_17(affinity: Tensor, *, top_k: int) -> float:
