@@ -5,8 +5,10 @@ in flat tensors; `starts` says where each begins. A packed row of pre-training i
 masks nothing between the documents of a row (4.1); SFT samples in a row are several.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate, chain
 
 import torch
 from jaxtyping import Float, Int
@@ -47,12 +49,17 @@ class TokenBatch:
     @classmethod
     def from_sequences(cls, sequences: list[list[int]]) -> "TokenBatch":
         """Make a batch without targets from lists of token ids, each starting at position 0."""
-        lengths = torch.tensor([0] + [len(sequence) for sequence in sequences])
+        return cls.from_pieces(sequences, firsts=(0,) * len(sequences))
+
+    @classmethod
+    def from_pieces(cls, pieces: Sequence[Sequence[int]], *, firsts: Sequence[int]) -> "TokenBatch":
+        """Make a batch without targets from pieces of sequences, each going on at its first position."""
+        places = [range(first, first + len(piece)) for piece, first in zip(pieces, firsts, strict=True)]
         return cls(
-            tokens=torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.long),
-            positions=torch.cat([torch.arange(len(sequence)) for sequence in sequences]),
-            starts=lengths.cumsum(0),
-            first_positions=(0,) * len(sequences),
+            tokens=torch.tensor(list(chain.from_iterable(pieces)), dtype=torch.long),
+            positions=torch.tensor(list(chain.from_iterable(places)), dtype=torch.long),
+            starts=torch.tensor([0, *accumulate(map(len, pieces))]),
+            first_positions=tuple(firsts),
         )
 
     @cached_property

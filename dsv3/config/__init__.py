@@ -2,11 +2,11 @@
 
 from dsv3.config.balance import BalanceConfig
 from dsv3.config.data import DataConfig, SourceConfig
+from dsv3.config.engine import EngineConfig
 from dsv3.config.model import ModelConfig, YarnConfig
 from dsv3.config.precision import PrecisionConfig
 from dsv3.config.run import EvaluationConfig, PretrainConfig, RuntimeConfig, SnapshotConfig
 from dsv3.config.server import ServerConfig
-from dsv3.config.serving import EngineConfig
 from dsv3.config.training import (
     KEEP_ALL,
     BatchConfig,

@@ -1,9 +1,9 @@
-"""Settings of the HTTP server; those of the engine behind it are in `serving.py`."""
+"""Settings of the HTTP server; those of the engine behind it are in `engine.py`."""
 
 from dataclasses import dataclass, field
 
 from dsv3.config.check import require_not_negative, require_positive
-from dsv3.config.serving import EngineConfig
+from dsv3.config.engine import EngineConfig
 
 
 @dataclass(frozen=True, kw_only=True)

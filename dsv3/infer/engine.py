@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -204,16 +204,8 @@ class Engine:
     def _read(self, outcomes: Items[Outcome]) -> None:
         """Run the main model, draw what follows each sequence that was read to its end, and keep what was right."""
         works = [outcome.work for outcome in outcomes]
-        counts = [work.num_tokens for work in works]
-        starts = [0, *accumulate(counts)]
-        batch = TokenBatch(
-            tokens=torch.tensor([token for work in works for token in work.tokens]),
-            positions=torch.tensor(
-                [place for work in works for place in range(work.first, work.first + work.num_tokens)]
-            ),
-            starts=torch.tensor(starts),
-            first_positions=tuple(work.first for work in works),
-        )
+        batch = TokenBatch.from_pieces([work.tokens for work in works], firsts=[work.first for work in works])
+        starts = batch.starts.tolist()
         states = self._runner.forward(batch, pages=[work.sequence.pages for work in works])
         wanted = [rows_wanted(work) for work in works]
         rows = [start + row for start, mine in zip(starts, wanted, strict=False) for row in mine]
@@ -334,7 +326,7 @@ class Engine:
         if sequence.request.params.max_tokens is not None:
             left = min(left, sequence.request.params.max_tokens - sequence.num_answer)
         wanted = max(0, min(num_wanted, left - 1))
-        if wanted and not self._scheduler.reach_ahead(sequence, end=len(sequence.tokens) + wanted):
+        if wanted and not self._scheduler.reach(sequence, end=len(sequence.tokens) + wanted):
             room = len(sequence.pages) * self.config.page_tokens
             wanted = max(0, min(wanted, room - len(sequence.tokens)))
         return wanted

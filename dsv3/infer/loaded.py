@@ -1,6 +1,7 @@
 """A model that is ready to use: `dsv3.load(folder)` and what it returns."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TypedDict, Unpack
@@ -114,18 +115,26 @@ class LoadedModel:
     @cached_property
     def streams(self) -> TokenStreams:
         """The engine that all answers come from."""
-        limit, wanted = self.config.max_position_embeddings, self._cache_tokens
-        where = torch.device("cpu") if self._model is None else self._model.embed_tokens.weight.device
-        wanted = max(CACHE_TOKENS, limit) if wanted is None else wanted
-        tokens = tokens_that_fit(self.runner, wanted=wanted, device=where)
-        config = EngineConfig(
-            page_tokens=PAGE_TOKENS,
-            num_pages=max(2, -(-tokens // PAGE_TOKENS)),
-            max_sequences=MOST_SEQUENCES,
-            max_drafts=self._drafts,
-        )
+        config = EngineConfig(page_tokens=PAGE_TOKENS, max_sequences=MOST_SEQUENCES, max_drafts=self._drafts)
+        return TokenStreams(self.new_engine(config, cache_tokens=self._cache_tokens))
+
+    def new_engine(self, config: EngineConfig, *, cache_tokens: int | None) -> Engine:
+        """Return an engine over this model, with `num_pages` for so many tokens, or for as many as memory allows.
+
+        A model has one cache, so the engine before it, if there was one, must not be used any more.
+        """
+        limit, device = self.config.max_position_embeddings, torch.device("cpu")
+        if self._model is not None:
+            device = self._model.embed_tokens.weight.device
+        wanted = max(CACHE_TOKENS, limit) if cache_tokens is None else cache_tokens
+        tokens = tokens_that_fit(self.runner, wanted=wanted, device=device)
         vocab_size = self.config.vocab_size if self._tokenizer is None else self._tokenizer.vocab_size
-        return TokenStreams(Engine(self.runner, config=config, vocab_size=vocab_size, eos_id=self.config.eos_token_id))
+        return Engine(
+            self.runner,
+            config=replace(config, num_pages=-(-tokens // config.page_tokens)),
+            vocab_size=vocab_size,
+            eos_id=self.config.eos_token_id,
+        )
 
     @property
     def config(self) -> ModelConfig:

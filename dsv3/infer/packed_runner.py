@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Sequence
 from itertools import accumulate, chain
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -61,10 +62,10 @@ class PackedRunner:
     def make_pages(self, *, num_pages: int, page_tokens: int) -> None:
         """Make room for the latent cache, in place of what was there."""
         self._num_pages, self._page_tokens = num_pages, page_tokens
-        # Zeros, since whole tiles of keys are read: what lies there must be numbers.
-        self._cache = torch.zeros(
-            len(self.model.layers) * num_pages * page_tokens * self._width + 4 * self._width + _SLACK
-        )
+        # Zeros, since whole tiles of keys are read: what lies there must be numbers. numpy's, because it leaves them to
+        # the system, which gives each page of memory when it is first used; torch would write them all now.
+        size = len(self.model.layers) * num_pages * page_tokens * self._width + 4 * self._width + _SLACK
+        self._cache = torch.from_numpy(np.zeros(size, dtype=np.float32))
 
     def forward(self, batch: TokenBatch, *, pages: Sequence[Sequence[int]]) -> States:
         """Read tokens through the main model."""

@@ -50,11 +50,12 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn."""
-        sequence.keys = self._keys_of(sequence)
+        if self.config.prefix_caching:
+            sequence.keys = page_keys(sequence.tokens, page_tokens=self.config.page_tokens, known=sequence.keys)
         insort(self.waiting, sequence, key=lambda other: other.arrival)
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence that has ended; its pages are free at once, those that are full stay good as a prefix."""
+        """Take a sequence off the lists; its pages are free at once, those that are full stay good as a prefix."""
         if sequence in self.waiting:
             self.waiting.remove(sequence)
         else:
@@ -70,7 +71,7 @@ class Scheduler:
             if budget < 1:
                 break
             drafts = sequence.drafts[: budget - 1]
-            if drafts and not self._reach(sequence, end=len(sequence.tokens) + len(drafts)):
+            if drafts and not self.reach(sequence, end=len(sequence.tokens) + len(drafts)):
                 drafts = []
             if self._reach_at_any_price(sequence, end=len(sequence.tokens), works=works):
                 works[sequence.arrival] = Work(
@@ -82,9 +83,14 @@ class Scheduler:
         self._admit(works=works, budget=budget)
         return list(works.values())
 
-    def reach_ahead(self, sequence: Sequence, *, end: int) -> bool:
-        """Take pages for positions below `end` if there are any to be had."""
-        return self._reach(sequence, end=end)
+    def reach(self, sequence: Sequence, *, end: int) -> bool:
+        """Take pages for positions below `end`, all that are lacking or none; return whether they are there."""
+        needed = -(-end // self.config.page_tokens) - len(sequence.pages)
+        if needed <= 0:
+            return True
+        taken = self.pool.take(needed)
+        sequence.pages += taken or []
+        return taken is not None
 
     def register(self, sequence: Sequence, *, end: int) -> None:
         """Let the full pages of the first `end` positions be found by requests that begin alike."""
@@ -171,33 +177,14 @@ class Scheduler:
                     return True
         return False
 
-    def _reach(self, sequence: Sequence, *, end: int) -> bool:
-        needed = -(-end // self.config.page_tokens) - len(sequence.pages)
-        if needed <= 0:
-            return True
-        taken = self.pool.take(needed)
-        sequence.pages += taken or []
-        return taken is not None
-
     def _reach_at_any_price(self, sequence: Sequence, *, end: int, works: dict[int, Work]) -> bool:
         """Take pages for positions below `end`, from those who came last; False if that was this sequence itself."""
-        while not self._reach(sequence, end=end):
+        while not self.reach(sequence, end=end):
             last = self.running[-1]
             works.pop(last.arrival, None)
-            self._preempt(last)
+            self.num_preemptions += 1
+            self.remove(last)
+            self.add(last)
             if last is sequence:
                 return False
         return True
-
-    def _preempt(self, sequence: Sequence) -> None:
-        self.num_preemptions += 1
-        self.running.remove(sequence)
-        self.pool.release(sequence.pages)
-        sequence.start_over()
-        sequence.keys = self._keys_of(sequence)
-        insort(self.waiting, sequence, key=lambda other: other.arrival)
-
-    def _keys_of(self, sequence: Sequence) -> list[bytes]:
-        if not self.config.prefix_caching:
-            return []
-        return page_keys(sequence.tokens, page_tokens=self.config.page_tokens, known=sequence.keys)

@@ -124,20 +124,14 @@ class Drafter:
     def _run(self, pieces: Items[_Piece], *, module: int, step: int | None = None) -> None:
         if not pieces:
             return
-        counts = [len(piece.tokens) for piece in pieces]
-        batch = TokenBatch(
-            tokens=torch.tensor([token for piece in pieces for token in piece.tokens]),
-            positions=torch.tensor([piece.first + place for piece in pieces for place in range(len(piece.tokens))]),
-            starts=torch.tensor([0, *counts]).cumsum(0),
-            first_positions=tuple(piece.first for piece in pieces),
-        )
+        batch = TokenBatch.from_pieces([piece.tokens for piece in pieces], firsts=[piece.first for piece in pieces])
         states = self._runner.predict_ahead(
             torch.cat([piece.state for piece in pieces]),
             depth=module,
             batch=batch,
             pages=[piece.chain.sequence.pages for piece in pieces],
         )
-        outputs = states.handed_on.split(counts)
+        outputs = states.handed_on.split(list(batch.lengths))
         number = module if step is None else step
         drafting = [place for place, piece in enumerate(pieces) if piece.chain.goes_on(number)]
         for piece, output in zip(pieces, outputs, strict=True):

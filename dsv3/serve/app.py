@@ -5,6 +5,7 @@ import hmac
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import cached_property
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -14,10 +15,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dsv3.config import ServerConfig
 from dsv3.data.tokenizer import Tokenizer
+from dsv3.errors import ConfigError
 from dsv3.serve.asking import Question, chat_question, completion_questions, grammar_parameter, refuse_long_prompt
 from dsv3.serve.engine_client import EngineClient
 from dsv3.serve.errors import ApiError, answer_errors, error_body
-from dsv3.serve.grammar import GrammarFactory
+from dsv3.serve.grammar import GrammarFactory, GrammarSpec
 from dsv3.serve.metrics import Metrics
 from dsv3.serve.page import chat_page, content_security_policy
 from dsv3.serve.protocol import ChatBody, CompletionBody, Sampling
@@ -55,8 +57,13 @@ class Application:
         self.metrics = Metrics()
         self.name = config.served_name
         self.created = int(time.time())
-        self._grammars = GrammarFactory(tokenizer, eos_id=eos_id)
+        self._eos_id = eos_id
         self._compiling = asyncio.Lock()
+
+    @cached_property
+    def grammars(self) -> GrammarFactory:
+        """Checks grammars before the engine makes them; half a second to make with the published vocabulary."""
+        return GrammarFactory(self.tokenizer, eos_id=self._eos_id)
 
     def model_card(self) -> dict[str, Any]:
         """Return what /v1/models tells of the model."""
@@ -93,10 +100,7 @@ class Application:
                 param=prompt,
             )
         for question in found:
-            try:
-                refuse_long_prompt(question, context_limit=self.engine.ready.context_limit)
-            except Exception as error:
-                raise ApiError(400, str(error), param=prompt, code="context_length_exceeded") from error
+            refuse_long_prompt(question, context_limit=self.engine.ready.context_limit, param=prompt)
             await self._check_grammar(question, body=body)
         return found
 
@@ -105,11 +109,13 @@ class Application:
             return
         async with self._compiling:  # a factory is used by one thread at a time
             try:
-                constraint = await asyncio.to_thread(self._grammars.make, question.grammar)
-                # Some grammars are found too large only when the first token is asked for.
-                await asyncio.to_thread(constraint.allowed, vocab_size=self.tokenizer.vocab_size)
-            except Exception as error:
+                await asyncio.to_thread(self._try_grammar, question.grammar)
+            except ConfigError as error:
                 raise ApiError(400, str(error), param=grammar_parameter(body)) from error
+
+    def _try_grammar(self, spec: GrammarSpec) -> None:
+        # Some grammars are found too large only when the first token is asked for.
+        self.grammars.make(spec).allowed(vocab_size=self.tokenizer.vocab_size)
 
     async def answer(self, request: Request, body: Sampling) -> Response:
         """Answer a request, at once or as a stream."""
@@ -132,7 +138,7 @@ class Application:
             metrics=self.metrics,
             splits_reasoning=isinstance(body, ChatBody),
         )
-        reply: Reply = self._reply(body, questions=questions)
+        reply = self._reply(body, questions=questions)
         if body.stream:
             await answers.start()
             stream = reply.stream(answers)

@@ -8,7 +8,6 @@ from typing import Any
 from dsv3.data.chat_template import render_template
 from dsv3.data.special_tokens import THINK_BEGIN
 from dsv3.data.tokenizer import Tokenizer
-from dsv3.errors import ConfigError
 from dsv3.infer.sampler import SamplingParams
 from dsv3.serve.errors import ApiError
 from dsv3.serve.grammar import GrammarSpec
@@ -181,9 +180,13 @@ def grammar_parameter(body: Sampling) -> str:
     return "tools"
 
 
-def refuse_long_prompt(question: Question, *, context_limit: int) -> None:
-    """Raise ConfigError where a prompt leaves no room for an answer."""
+def refuse_long_prompt(question: Question, *, context_limit: int, param: str) -> None:
+    """Raise ApiError where a prompt leaves no room for an answer."""
     if len(question.prompt_ids) >= context_limit:
-        raise ConfigError(
-            f"the prompt has {len(question.prompt_ids)} tokens, and prompt and answer together may have {context_limit}"
+        raise ApiError(
+            400,
+            f"the prompt has {len(question.prompt_ids)} tokens, and prompt and answer together may have "
+            f"{context_limit}",
+            param=param,
+            code="context_length_exceeded",
         )

@@ -44,15 +44,13 @@ class RefusedError(Exception):
 class EngineClient:
     """Starts the engine's process and speaks with it."""
 
-    def __init__(self, config: ServerConfig, *, program: tuple[str, ...] = ()) -> None:
+    def __init__(self, config: ServerConfig) -> None:
         self.ready = Ready(context_limit=0, weights="", drafts=0, num_pages=0, page_tokens=0)
         self.stats = EngineStats()
         """As of the newest step."""
         self.is_alive = False
-        self.on_progress: Callable[[Progress], None] = lambda _: None
         self.on_death: Callable[[], None] = lambda: None
         self._config = config
-        self._program = program or (sys.executable, "-m", "dsv3.serve.engine_process")
         self._inboxes: dict[str, asyncio.Queue[TokenEvent | Refused]] = {}
         self._checks: list[asyncio.Future[str]] = []
         self._folder = tempfile.TemporaryDirectory(prefix="dsv3-serve-")  # for this user alone
@@ -66,12 +64,6 @@ class EngineClient:
         """Requests that have not ended."""
         return len(self._inboxes)
 
-    @property
-    def process_id(self) -> int:
-        """The engine's own process."""
-        assert self._process is not None
-        return self._process.pid
-
     async def start(self) -> None:
         """Start the process, and return when the model is loaded.
 
@@ -80,7 +72,8 @@ class EngineClient:
         """
         address = f"ipc://{Path(self._folder.name) / 'engine'}"
         self._socket.bind(address)
-        self._process = subprocess.Popen([*self._program, address], stdin=subprocess.PIPE)
+        command = [sys.executable, "-m", "dsv3.serve.engine_process", address]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE)
         assert self._process.stdin is not None
         with suppress(BrokenPipeError), self._process.stdin as stdin:
             stdin.write(msgspec.json.encode(self._config))
@@ -146,7 +139,6 @@ class EngineClient:
             message = decode_from_engine(await self._socket.recv())
             if isinstance(message, Progress):
                 self.stats = message.stats
-                self.on_progress(message)
                 for event in message.events:
                     self._deliver(event.id, event, is_last=event.finish_reason is not None)
             elif isinstance(message, Refused):

@@ -8,18 +8,16 @@ import logging
 import os
 import signal
 import sys
-from dataclasses import replace
-from typing import Any
 
 import msgspec
 import zmq
 
-from dsv3.config import EngineConfig, ServerConfig
+from dsv3.config import ServerConfig
 from dsv3.errors import ConfigError, Dsv3Error
-from dsv3.infer.engine import Engine
-from dsv3.infer.loaded import CACHE_TOKENS, LoadedModel, load, tokens_that_fit
+from dsv3.infer.loaded import load
+from dsv3.infer.packed_runner import PackedRunner
 from dsv3.infer.request import Request
-from dsv3.runtime.device import choose_device, set_threads
+from dsv3.runtime.device import set_threads
 from dsv3.runtime.log import show_log
 from dsv3.serve.grammar import GrammarFactory
 from dsv3.serve.messages import (
@@ -89,16 +87,15 @@ class EngineService:
     def __init__(self, config: ServerConfig) -> None:
         set_threads(config.threads)
         self._loaded = load(config.model, weights=config.weights, device=config.device, drafts=config.engine.max_drafts)
-        self.engine = build_engine(self._loaded, config=config)
+        self.engine = self._loaded.new_engine(config.engine, cache_tokens=config.cache_tokens)
         self._grammars: GrammarFactory | None = None
 
     def ready(self) -> Ready:
         """Return what there is to say once the model is loaded."""
         engine = self.engine.config
-        packed: Any = getattr(self._loaded.runner, "model", None)
-        weights = (
-            "the model that trains" if packed is None else f"{packed.format_name}, {packed.num_bytes / 1e9:.2f} GB"
-        )
+        runner, weights = self._loaded.runner, "the model that trains"
+        if isinstance(runner, PackedRunner):
+            weights = f"{runner.model.format_name}, {runner.model.num_bytes / 1e9:.2f} GB"
         return Ready(
             context_limit=self.engine.context_limit,
             weights=weights,
@@ -146,17 +143,6 @@ class EngineService:
         if self._grammars is None:
             self._grammars = GrammarFactory(self._loaded.tokenizer, eos_id=self._loaded.config.eos_token_id)
         return self._grammars
-
-
-def build_engine(loaded: LoadedModel, *, config: ServerConfig) -> Engine:
-    """Return the engine of a server, with as many pages as were asked for and fit."""
-    limit = loaded.config.max_position_embeddings
-    wanted = max(CACHE_TOKENS, limit) if config.cache_tokens is None else config.cache_tokens
-    tokens = tokens_that_fit(loaded.runner, wanted=wanted, device=choose_device(config.device))
-    pages = max(1, -(-tokens // config.engine.page_tokens))
-    settings: EngineConfig = replace(config.engine, num_pages=pages)
-    vocab_size = loaded.tokenizer.vocab_size
-    return Engine(loaded.runner, config=settings, vocab_size=vocab_size, eos_id=loaded.config.eos_token_id)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 from starlette.responses import StreamingResponse
@@ -50,7 +51,7 @@ def event(value: dict[str, Any]) -> bytes:
 
 
 @dataclass(kw_only=True)
-class Reply:
+class Reply(ABC):
     """What both kinds of answers share."""
 
     model: str
@@ -61,8 +62,9 @@ class Reply:
     num_logprobs: int | None
     created: int = field(default_factory=lambda: int(time.time()))
 
-    kind = ""
-    prefix = ""
+    kind: ClassVar[str]
+    chunk_kind: ClassVar[str]
+    prefix: ClassVar[str]
 
     async def whole(self, answers: Answers) -> dict[str, Any]:
         """Return the answer in one piece."""
@@ -90,29 +92,29 @@ class Reply:
                     yield self._chunk(answers, [part])
             if self.usage_at_end:
                 usage = usage_of(answers.choices).as_dict()
-                yield event({**self._head(answers, kind=self._chunk_kind()), "choices": [], "usage": usage})
+                yield event({**self._head(answers, kind=self.chunk_kind), "choices": [], "usage": usage})
         except ApiError as error:
             yield event(error.body())
         yield DONE
 
     def _chunk(self, answers: Answers, choices: list[dict[str, Any]]) -> bytes:
         usage = {"usage": usage_of(answers.choices).as_dict()} if self.usage_always else {}
-        return event({**self._head(answers, kind=self._chunk_kind()), "choices": choices, **usage})
+        return event({**self._head(answers, kind=self.chunk_kind), "choices": choices, **usage})
 
     def _head(self, answers: Answers, *, kind: str) -> dict[str, Any]:
         return {"id": f"{self.prefix}-{answers.id}", "object": kind, "created": self.created, "model": self.model}
 
-    def _chunk_kind(self) -> str:
-        raise NotImplementedError
-
+    @abstractmethod
     def _openings(self, answers: Answers) -> list[dict[str, Any]]:
-        raise NotImplementedError
+        """Return what stands before the first tokens."""
 
+    @abstractmethod
     def _parts(self, choice: Choice, delta: Delta) -> list[dict[str, Any]]:
-        raise NotImplementedError
+        """Return the entries of the chunks that tell a delta."""
 
+    @abstractmethod
     def _complete(self, choice: Choice, delta: Delta) -> dict[str, Any]:
-        raise NotImplementedError
+        """Return the entry of a whole answer."""
 
     def _text(self, token: int) -> str:
         return self.tokenizer.token_bytes(token).decode("utf-8", errors="replace")
@@ -123,10 +125,8 @@ class ChatReply(Reply):
     """Answers of /v1/chat/completions."""
 
     kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
     prefix = "chatcmpl"
-
-    def _chunk_kind(self) -> str:
-        return "chat.completion.chunk"
 
     def _openings(self, answers: Answers) -> list[dict[str, Any]]:
         opening = {"role": "assistant", "content": ""}
@@ -179,11 +179,8 @@ class CompletionReply(Reply):
     echo: list[list[int]] | None
     """The prompts, where they are to stand before the answers."""
 
-    kind = "text_completion"
+    kind = chunk_kind = "text_completion"
     prefix = "cmpl"
-
-    def _chunk_kind(self) -> str:
-        return self.kind
 
     def _openings(self, answers: Answers) -> list[dict[str, Any]]:
         if self.echo is None or self.num_logprobs is not None:

@@ -52,7 +52,8 @@ async def _serve(config: ServerConfig, *, say: Callable[[str], None]) -> None:
                 build_app(shared),
                 log_level="warning",
                 access_log=False,
-                timeout_graceful_shutdown=max(1, round(config.drain_timeout_seconds)),
+                # Said to be whole seconds; it only goes to asyncio.wait_for.
+                timeout_graceful_shutdown=config.drain_timeout_seconds,  # type: ignore[arg-type]
                 timeout_keep_alive=30,
             ),
             on_ready=lambda: say(_greeting(config, engine=engine, port=listening.getsockname()[1])),

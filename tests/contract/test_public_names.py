@@ -27,6 +27,7 @@ LOADED_MODEL = {
     "chat_ids",
     "generate",
     "logits",
+    "new_engine",
     "prompt_ids",
     "stream",
     "stream_chat",

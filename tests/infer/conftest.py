@@ -16,6 +16,29 @@ from dsv3.model.transformer import Transformer
 TEXTS = ["In the beginning there was a word, and the word was with us. 你好，世界！\n"] * 3
 
 
+TINY = ModelConfig(
+    vocab_size=64,
+    hidden_size=32,
+    num_hidden_layers=2,
+    initializer_range=0.25,
+    max_position_embeddings=128,
+    num_attention_heads=2,
+    q_lora_rank=12,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=8,
+    intermediate_size=40,
+    moe_intermediate_size=12,
+    first_k_dense_replace=1,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    n_group=2,
+    topk_group=1,
+)
+"""A V3 as small as one can be with every part in it, for many passes."""
+
+
 class Scripted(Transformer):
     """Says a fixed list of tokens, and writes down how many tokens were run and how many logits were asked for."""
 

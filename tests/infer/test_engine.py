@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dsv3.batch import TokenBatch
 from dsv3.checkpoint.names import published_layout
-from dsv3.config import EngineConfig, ModelConfig
+from dsv3.config import EngineConfig
 from dsv3.errors import ConfigError
 from dsv3.infer.engine import Engine
 from dsv3.infer.packed_model import pack_from_state
@@ -22,27 +22,9 @@ from dsv3.infer.runner import States, TorchRunner
 from dsv3.infer.sampler import SamplingParams
 from dsv3.model.transformer import Transformer
 
+from .conftest import TINY
+
 VOCAB, EOS = 60, 1
-TINY = ModelConfig(
-    vocab_size=VOCAB + 4,
-    hidden_size=32,
-    num_hidden_layers=2,
-    initializer_range=0.25,
-    max_position_embeddings=128,
-    num_attention_heads=2,
-    q_lora_rank=12,
-    kv_lora_rank=16,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=4,
-    v_head_dim=8,
-    intermediate_size=40,
-    moe_intermediate_size=12,
-    first_k_dense_replace=1,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-    n_group=2,
-    topk_group=1,
-)
 
 
 @cache

@@ -187,8 +187,8 @@ def test_pages_ahead_are_taken_only_if_they_are_to_be_had():
     scheduler = scheduler_of(num_pages=3)
     first, second = added(scheduler, range(3), range(100, 103))
     run(scheduler)
-    assert scheduler.reach_ahead(first, end=8)
-    assert not scheduler.reach_ahead(second, end=8)
+    assert scheduler.reach(first, end=8)
+    assert not scheduler.reach(second, end=8)
     assert (len(first.pages), len(second.pages)) == (2, 1)
     scheduler.check()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsv3.batch import TokenBatch
-from dsv3.config import EngineConfig, ModelConfig
+from dsv3.config import EngineConfig
 from dsv3.infer.engine import Engine
 from dsv3.infer.pages import page_keys
 from dsv3.infer.request import Request
@@ -15,6 +15,8 @@ from dsv3.infer.runner import TorchRunner
 from dsv3.infer.sampler import SamplingParams
 from dsv3.infer.speculation import DraftLength
 from dsv3.model.transformer import Transformer
+
+from .conftest import TINY
 
 # ---- how many ----
 
@@ -102,31 +104,9 @@ def test_one_slow_step_does_not_put_an_end_to_a_length():
 
 # ---- what the modules read ----
 
-TINY = ModelConfig(
-    vocab_size=64,
-    hidden_size=32,
-    num_hidden_layers=2,
-    initializer_range=0.25,
-    max_position_embeddings=128,
-    num_attention_heads=2,
-    q_lora_rank=12,
-    kv_lora_rank=16,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=4,
-    v_head_dim=8,
-    intermediate_size=40,
-    moe_intermediate_size=12,
-    first_k_dense_replace=1,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-    n_group=2,
-    topk_group=1,
-    num_nextn_predict_layers=2,
-)
-
 
 def model_of(**changes):
-    model = Transformer(replace(TINY, **changes))
+    model = Transformer(replace(TINY, **{"num_nextn_predict_layers": 2} | changes))
     model.init_weights(generator=torch.Generator().manual_seed(0))
     return model.requires_grad_(False).double()
 

@@ -86,14 +86,15 @@ def test_sigterm_lets_answers_end_and_takes_no_new_ones(start_server):
     assert "Traceback" not in live.text()
 
 
-def test_answers_that_do_not_end_in_time_are_broken_off(start_server):
-    live = start_server("--drain-timeout", "1", "--threads", "1").wait()
+@pytest.mark.parametrize(("seconds", "signals"), [("0", 1), ("60", 2)], ids=["no time to drain", "told twice"])
+def test_answers_that_do_not_end_in_time_are_broken_off(start_server, seconds, signals):
+    live = start_server("--drain-timeout", seconds).wait()
     with httpx.stream("POST", f"{live.url}/v1/completions", json=LONG, timeout=60) as answer:
         next(answer.iter_lines())
         began = time.monotonic()
-        live.signal(signal.SIGTERM)
-        live.signal(signal.SIGTERM)  # once more: at once
-        live.ended(15)
+        for _ in range(signals):
+            live.signal(signal.SIGTERM)
+        assert live.ended(15) == 0
     assert time.monotonic() - began < 10
 
 
