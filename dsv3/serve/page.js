@@ -167,6 +167,8 @@ async function loadModels() {
 
 // ---- What is measured of an answer ----
 
+const SHORTEST_TIMED = 0.05;
+
 class Measured {
   #start = performance.now();
   #first = null;
@@ -197,7 +199,8 @@ class Measured {
     const about = this.#usage ? "" : "≈ ";
     const decodeSeconds = (this.#last - this.#first) / 1000;
     const figures = {};
-    if (decodeSeconds > 0 && tokens > this.#tokensAtFirst) {
+    // Of an answer that arrives all at once, the time between its pieces is the network's, not the model's.
+    if (decodeSeconds >= SHORTEST_TIMED && tokens > this.#tokensAtFirst) {
       figures.speed = `${about}${short((tokens - this.#tokensAtFirst) / decodeSeconds)} tokens/s`;
     }
     if (this.#first !== null) figures.first = `first after ${short((this.#first - this.#start) / 1000)} s`;

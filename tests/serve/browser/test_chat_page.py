@@ -97,6 +97,13 @@ def test_tokens_are_marked_as_a_guess_where_the_server_does_not_count_them(page,
     assert not page.is_shown("[data-figure=drafts]")
 
 
+def test_an_answer_that_comes_all_at_once_is_given_no_speed(page, say):
+    say(*["word "] * 17, usage={**USAGE, "completion_tokens": 17})
+    ask(page, "Count.")
+    assert page.text("[data-figure=tokens]") == "17 tokens"
+    assert not page.is_shown("[data-figure=speed]")
+
+
 @pytest.mark.parametrize("way", ["click", "Escape"])
 def test_stopping_hangs_up_on_the_server_and_keeps_what_was_said(page, server, say, way):
     say("word ", is_endless=True)
