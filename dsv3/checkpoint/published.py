@@ -119,7 +119,7 @@ def save_published(
     write_published(
         Path(folder),
         config=model.config,
-        read=lambda tensor: _published_value(tensor, state=state, dtype=dtype),
+        read=lambda tensor: published_value(tensor, state=state, dtype=dtype),
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         tokenizer_folder=tokenizer_folder,
@@ -178,7 +178,8 @@ def _value_for(dtype: torch.dtype, *, reader: PublishedReader, tensor: Published
     return reader.read(tensor)
 
 
-def _published_value(tensor: PublishedTensor, *, state: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor | Quantised:
+def published_value(tensor: PublishedTensor, *, state: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor | Quantised:
+    """Return a published tensor from our state dict: in FP8 only where it is held so and `dtype` is FP8."""
     part = tensor.part_of(state[tensor.source])
     if is_fp8(part):
         scales = tensor.part_of_scales(state[scale_name(tensor.source)])

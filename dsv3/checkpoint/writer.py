@@ -78,7 +78,7 @@ def write_published(
         _warn_of_cut_blocks(layout)
     try:
         _make_empty(partial)
-        _require_space(partial, needed=sum(_num_bytes(tensor, dtype=dtype) for tensor in layout))
+        require_space(partial, needed=sum(_num_bytes(tensor, dtype=dtype) for tensor in layout))
         _write_weights(partial, layout=layout, read=read, dtype=dtype, max_shard_bytes=max_shard_bytes)
         most = str(torch.bfloat16 if dtype == FP8 else dtype).removeprefix("torch.")
         published = published_from_model_config(config, dtype=most, quantized=dtype == FP8)
@@ -89,7 +89,7 @@ def write_published(
             _copy_tokenizer(tokenizer_folder, target=partial)
         _put_in_place(partial, target=folder)
     except (OSError, SafetensorError) as error:
-        raise _explain(error, folder=folder) from error
+        raise explain_failure(error, target=folder) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -240,7 +240,8 @@ def _is_ours(folder: Path, *, names: list[str]) -> bool:
         return False
 
 
-def _require_space(folder: Path, *, needed: int) -> None:
+def require_space(folder: Path, *, needed: int) -> None:
+    """Raise OSError, as the system would in the middle of it, where `needed` bytes are more than are free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"{needed / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free")
@@ -259,11 +260,12 @@ def _put_in_place(partial: Path, *, target: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _explain(error: Exception, *, folder: Path) -> CheckpointError:
+def explain_failure(error: Exception, *, target: Path) -> CheckpointError:
+    """Return what to tell the user of a file or folder that could not be written."""
     detail = (error.strerror if isinstance(error, OSError) else None) or str(error)
     full = isinstance(error, OSError) and error.errno in DISK_IS_FULL
     if full or any(f"os error {code}" in str(error) for code in DISK_IS_FULL):
         return CheckpointError(
-            f"the disk is full: {folder} was not written ({detail}); make room or give another folder"
+            f"the disk is full: {target} was not written ({detail}); make room or give another place"
         )
-    return CheckpointError(f"{folder} was not written: {detail}; give a folder that can be written")
+    return CheckpointError(f"{target} was not written: {detail}; give a place that can be written")

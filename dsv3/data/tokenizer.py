@@ -144,6 +144,12 @@ class Tokenizer:
         }
 
     @property
+    def definition(self) -> dict[str, Any]:
+        """What `tokenizer.json` holds: vocabulary, merges, rules of cutting, added tokens."""
+        definition: dict[str, Any] = json.loads(self._backend.to_str())
+        return definition
+
+    @property
     def chat_template(self) -> str:
         """Jinja source of the chat format; V3's when the tokenizer came without one."""
         return self.settings.get("chat_template") or CHAT_TEMPLATE

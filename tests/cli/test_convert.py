@@ -226,3 +226,32 @@ def test_sizes_are_read_with_their_units(text, size):
 def test_any_other_size_is_refused_with_an_example(text):
     with pytest.raises(ConfigError, match="5GB"):
         parse_size(text)
+
+
+@pytest.mark.parametrize("kind", ["snapshot", "published"])
+def test_gguf_is_written_from_runs_and_published_folders(tmp_path, run_folder, published, tokenizer, kind, capsys):
+    gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
+    source = published if kind == "published" else run_folder
+    assert run(source, tmp_path / "m.gguf", "--to", "gguf", "--dtype", "fp32") == 0
+    assert "m.gguf" in capsys.readouterr().out
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    assert reader.fields["tokenizer.ggml.tokens"].contents()[: tokenizer.vocab_size].count("<think>") == 1
+    head = next(tensor for tensor in reader.tensors if tensor.name == "output.weight")
+    assert torch.equal(
+        torch.from_numpy(head.data.copy()), load(source, weights="fp32", plain=True).model.lm_head.weight
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--to", "onnx"], "published or gguf"),
+        (["--to", "gguf", "--dtype", "fp8"], "bf16, q8_0"),
+        (["--to", "gguf", "--max-shard-size", "1GB"], "one file"),
+        (["--to", "gguf"], "ends in .gguf"),
+    ],
+)
+def test_what_cannot_be_written_is_told(tmp_path, published, options, message, capsys):
+    assert run(published, tmp_path / "out", *options) != 0
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
