@@ -29,6 +29,8 @@ $(VENV)/bench: $(VENV)/dev
 	@$(INSTALL) -c constraints.txt -e '.[quickstart,data,serve,gguf,dev,bench]'
 	@$(INSTALL) -c constraints.txt --no-deps torchtitan \
 	  || echo "note: torchtitan could not be installed; the benchmarks go on without it"
+	@CMAKE_ARGS="-DGGML_NATIVE=ON" $(INSTALL) -c constraints.txt llama-cpp-python \
+	  || echo "note: llama.cpp could not be built (it needs cmake and a C++ compiler); the benchmarks go on without it"
 	@touch $@
 
 # Its own environment, because the ordinary one may have a torch without CUDA; torch then says which Triton it wants.

@@ -23,12 +23,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
+from claims.process import Contender
 from claims.record import Claim, arguments, report
 from rich.console import Console
 from rich.table import Table
 from training_peers import sgemm
 from training_peers.ours import whole_loss
-from training_peers.process import Contender, Timings
 from training_peers.race import (
     COMPILED,
     EAGER_EXPERTS,
@@ -41,6 +41,7 @@ from training_peers.race import (
     together,
 )
 from training_peers.sizes import SIZES, TOKENS, Size
+from training_peers.timings import Timings
 
 from dsv3.plan.counts import mtp_training_flops_per_token, training_flops_per_token
 from dsv3.runtime.device import available_cores

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from training_peers.process import Contender, Timings, Worker, WorkerError
+from claims.process import Contender, Worker, WorkerError
 from training_peers.sizes import SIZES
+from training_peers.timings import Timings
 
 OURS = Contender("dsv3", "same work")
 WHOLE_LOSS = Contender("dsv3", "whole V3 loss")
@@ -38,9 +39,11 @@ class Race:
         """Let a contender get warm on so many threads; start it first if it has not been. One that fails is absent."""
         new = contender not in self.workers
         if new:
-            self.workers[contender] = Worker(contender, size=self.size, scratch=self._scratch)
+            self.workers[contender] = Worker(
+                "training_peers.worker", [contender.system, contender.mode, self.size], scratch=self._scratch
+            )
         try:
-            answer = self.workers[contender].warm_up(threads=threads)
+            answer = self.workers[contender].ask({"threads": threads})
         except WorkerError as error:
             self._drop(contender, reason=str(error))
             return
@@ -57,7 +60,7 @@ class Race:
         while rounds < min_rounds or time.monotonic() < end:
             for contender in list(timings):
                 try:
-                    timings[contender].add(self.workers[contender].measure(steps=1))
+                    timings[contender].add(self.workers[contender].ask({"steps": 1}))
                 except WorkerError as error:
                     self._drop(contender, reason=str(error))
                     del timings[contender]

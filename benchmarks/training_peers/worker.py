@@ -8,16 +8,15 @@ with {"num_trained", "first_loss"}. {"steps": N} takes so many steps and is answ
 random, new for each step and the same for every system; drawing them is not timed.
 """
 
-import json
-import os
 import sys
 import time
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
+from claims.answering import answer_orders
 from torch import Tensor
 from training_peers.sizes import SIZES, Size
 from training_peers.system import System
@@ -33,23 +32,23 @@ WARM_UP_STEPS = 2
 
 def main() -> None:
     system_name, mode, size_name = sys.argv[1:]
-    answers = _claim_stdout()
     torch.manual_seed(0)
     size = SIZES[size_name]
     module = import_module(MODULES[system_name])
     idle = _memory("VmRSS")
     system: System = module.MODES[mode](size)
     batches = _random_rows(size)
-    for line in sys.stdin:
-        order = json.loads(line)
+
+    def answer(order: dict[str, Any]) -> dict[str, Any]:
         if "threads" in order:
             torch.set_num_threads(order["threads"])
             losses = [system.step(next(batches)) for _ in range(WARM_UP_STEPS)]
-            _answer(answers, {"num_trained": system.num_trained, "first_loss": losses[0]})
-        else:
-            _reset_peak()
-            measured = _measure(system, batches=batches, count=order["steps"])
-            _answer(answers, measured | {"idle_bytes": idle, "peak_bytes": _memory("VmHWM")})
+            return {"num_trained": system.num_trained, "first_loss": losses[0]}
+        _reset_peak()
+        measured = _measure(system, batches=batches, count=order["steps"])
+        return measured | {"idle_bytes": idle, "peak_bytes": _memory("VmHWM")}
+
+    answer_orders(answer)
 
 
 def _measure(system: System, *, batches: Iterator[Tensor], count: int) -> dict[str, Any]:
@@ -81,17 +80,6 @@ def _memory(field: str) -> int:
 def _reset_peak() -> None:
     """Let VmHWM start again from what is resident now, so that compiling does not count as training."""
     Path("/proc/self/clear_refs").write_text("5")
-
-
-def _claim_stdout() -> TextIO:
-    """Return the real stdout for answers, and send to stderr what anybody else prints."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    return answers
-
-
-def _answer(answers: TextIO, content: dict[str, Any]) -> None:
-    print(json.dumps(content), file=answers, flush=True)
 
 
 if __name__ == "__main__":

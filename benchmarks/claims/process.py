@@ -1,11 +1,12 @@
-"""The coordinator's side of a worker: start it, let it get warm, ask it for timed steps, end it."""
+"""The coordinator's side of a worker: a process of its own that is told what to do, a line of JSON each way."""
 
 import json
 import os
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,49 +30,31 @@ class WorkerError(Exception):
     """The worker has ended without an answer; the message is the last line of what it said."""
 
 
-@dataclass(kw_only=True)
-class Timings:
-    """What the timed steps of one worker gave, on one number of threads."""
-
-    wall: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-    idle_bytes: int = 0
-    peak_bytes: int = 0
-
-    def add(self, answer: dict[str, Any]) -> None:
-        self.wall += answer["wall"]
-        self.cpu += answer["cpu"]
-        self.idle_bytes = answer["idle_bytes"]
-        self.peak_bytes = max(self.peak_bytes, answer["peak_bytes"])
-
-
 class Worker:
-    """A process that holds one contender at one size."""
+    """A process that holds one contender: `python -m MODULE ARGUMENTS`, with its messages in a file."""
 
-    def __init__(self, contender: Contender, *, size: str, scratch: Path) -> None:
-        self.contender = contender
-        name = f"{contender}, {size}".replace(" ", "_").replace(",", "")
+    def __init__(
+        self, module: str, arguments: Sequence[str], *, scratch: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
+        name = "_".join(arguments).replace(" ", "_").replace(",", "").replace("/", "-")
         self._messages = scratch / f"{name}.log"
         with self._messages.open("w") as messages:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "training_peers.worker", contender.system, contender.mode, size],
+                [sys.executable, "-m", module, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=messages,
                 text=True,
                 cwd=BENCHMARKS,
-                env=os.environ | _environment(scratch / f"{name}.compiled"),
+                env=os.environ | _environment(scratch / f"{name}.compiled") | dict(environment or {}),
             )
 
-    def warm_up(self, *, threads: int) -> dict[str, Any]:
-        """Set the number of threads and take untimed steps; return the trained parameters and the first loss."""
-        return self._ask({"threads": threads})
+    def ask(self, order: Mapping[str, object]) -> dict[str, Any]:
+        """Give an order and return the answer to it.
 
-    def measure(self, *, steps: int) -> dict[str, Any]:
-        """Take timed steps."""
-        return self._ask({"steps": steps})
-
-    def _ask(self, order: dict[str, int]) -> dict[str, Any]:
+        Raises:
+            WorkerError: there was none.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         watchdog = threading.Timer(ANSWER_WITHIN_SECONDS, self._process.kill)
