@@ -49,6 +49,7 @@ def serve(
     request_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to the last token at most.")] = 600.0,
     slow_reader: Annotated[float, typer.Option(min=0.1, help="Seconds for a client to take what is sent.")] = 30.0,
     body_limit_mb: Annotated[float, typer.Option(min=0.001, help="Largest body.")] = 8.0,
+    body_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a client to send a body.")] = 30.0,
     drain_timeout: Annotated[float, typer.Option(min=0, help="Seconds for answers to end when told to stop.")] = 30.0,
     cors_origin: Annotated[
         list[str] | None, typer.Option(help="Origin of web pages that may ask; may be given several times.")
@@ -85,6 +86,7 @@ def serve(
         request_timeout_seconds=request_timeout,
         slow_reader_seconds=slow_reader,
         body_limit_bytes=int(body_limit_mb * 2**20),
+        body_timeout_seconds=body_timeout,
         drain_timeout_seconds=drain_timeout,
     )
     run(config, say=typer.echo)

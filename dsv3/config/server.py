@@ -42,6 +42,8 @@ class ServerConfig:
     """Longest time for a client to take what is written to it."""
     keep_alive_seconds: float = 5.0
     """After so long without a token, a comment is sent on a stream."""
+    body_timeout_seconds: float = 30.0
+    """Longest time for a client to send the body of a request."""
     body_limit_bytes: int = 8 * 1024 * 1024
     drain_timeout_seconds: float = 30.0
     """Time that answers have to end when the server is told to."""
@@ -49,5 +51,5 @@ class ServerConfig:
     def __post_init__(self) -> None:
         require_positive(self, "max_tokens_default", "max_choices", "queue_limit", "body_limit_bytes")
         require_positive(self, "queue_timeout_seconds", "request_timeout_seconds", "slow_reader_seconds")
-        require_positive(self, "keep_alive_seconds")
+        require_positive(self, "keep_alive_seconds", "body_timeout_seconds")
         require_not_negative(self, "port", "drain_timeout_seconds", "threads")

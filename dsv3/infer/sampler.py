@@ -65,8 +65,8 @@ class SamplingParams:
         for name in ("presence_penalty", "frequency_penalty"):
             if not math.isfinite(getattr(self, name)):
                 raise ConfigError(f"{name} = {getattr(self, name)}; use 0 for none, or a finite number")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise ConfigError(f"repetition_penalty = {self.repetition_penalty}; use 1 for none, or a positive number")
+        if not 0.01 <= self.repetition_penalty <= 100:  # Further out, logits are divided into infinity.
+            raise ConfigError(f"repetition_penalty = {self.repetition_penalty}; use 1 for none, and 0.01 to 100")
         if any(token < 0 or math.isnan(bias) or bias == math.inf for token, bias in self.logit_bias):
             raise ConfigError(
                 f"logit_bias = {self.logit_bias}; it needs token ids from 0 on, and finite numbers (or -inf to forbid)"

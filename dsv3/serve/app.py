@@ -1,24 +1,29 @@
 """The HTTP application: an OpenAI-compatible API, health, metrics and the chat page."""
 
 import asyncio
-import hmac
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from functools import cached_property
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dsv3.config import ServerConfig
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import ConfigError
-from dsv3.serve.asking import Question, chat_question, completion_questions, grammar_parameter, refuse_long_prompt
+from dsv3.serve.asking import (
+    Question,
+    chat_question,
+    completion_questions,
+    grammar_parameter,
+    refuse_long_prompt,
+    refuse_unknown_tokens,
+)
+from dsv3.serve.edge import CountResponses, NeedKey, TakeBody
 from dsv3.serve.engine_client import EngineClient
-from dsv3.serve.errors import ApiError, answer_errors, error_body
+from dsv3.serve.errors import ApiError, answer_errors
 from dsv3.serve.grammar import GrammarFactory, GrammarSpec
 from dsv3.serve.metrics import Metrics
 from dsv3.serve.page import chat_page, content_security_policy
@@ -26,8 +31,8 @@ from dsv3.serve.protocol import ChatBody, CompletionBody, Sampling
 from dsv3.serve.replies import ChatReply, CompletionReply, EventStream, Reply
 from dsv3.serve.running import Answers
 
-OPEN_PATHS = ("/", "/health", "/metrics", "/openapi.json")
-"""Answered without a key."""
+CLIENT_CLOSED_REQUEST = 499
+"""What is counted where the client has hung up; nobody reads it."""
 RETRY_SECONDS = 2
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text, "content": {"application/json": {}}}
@@ -35,10 +40,11 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         (400, "The request cannot be obeyed; the error names the parameter."),
         (401, "No key, or a wrong one."),
         (404, "No such model."),
+        (408, "The body did not come in time."),
         (413, "The body is too large."),
         (429, "Too many answers under way; see Retry-After."),
         (500, "The server failed."),
-        (503, "The engine has ended."),
+        (503, "The server stops."),
         (504, "No token came in time."),
     )
 }
@@ -100,6 +106,12 @@ class Application:
                 param=prompt,
             )
         for question in found:
+            refuse_unknown_tokens(
+                question,
+                num_embeddings=self.engine.ready.num_embeddings,
+                num_drawn=self.tokenizer.vocab_size,
+                param=prompt,
+            )
             refuse_long_prompt(question, context_limit=self.engine.ready.context_limit, param=prompt)
             await self._check_grammar(question, body=body)
         return found
@@ -119,8 +131,6 @@ class Application:
 
     async def answer(self, request: Request, body: Sampling) -> Response:
         """Answer a request, at once or as a stream."""
-        if not self.engine.is_alive:
-            raise ApiError(503, "the engine has ended; the server stops")
         questions = await self.questions(body)
         count = len(questions) * (body.n or 1)
         if self.engine.num_open + count > self.config.queue_limit:
@@ -145,9 +155,14 @@ class Application:
             return EventStream(
                 _closing(stream, answers), media_type="text/event-stream", seconds=self.config.slow_reader_seconds
             )
-        async with _cancelled_on_disconnect(request, answers):
+        return await _unless_gone(request, self._whole(reply, answers=answers))
+
+    async def _whole(self, reply: Reply, *, answers: Answers) -> Response:
+        try:
             await answers.start()
             return JSONResponse(await reply.whole(answers))
+        finally:
+            answers.close()
 
     def _reply(self, body: Sampling, *, questions: list[Question]) -> Reply:
         options = body.stream_options
@@ -177,29 +192,28 @@ def build_app(shared: Application) -> FastAPI:
     )
     app.state.shared = shared
     answer_errors(app)
-    keyed = [Depends(_needs_key(config.api_keys))]
 
-    @app.post("/v1/chat/completions", dependencies=keyed)
+    @app.post("/v1/chat/completions")
     async def chat(request: Request, body: ChatBody) -> Response:
         """Answer a conversation."""
         return await shared.answer(request, body)
 
-    @app.post("/v1/completions", dependencies=keyed)
+    @app.post("/v1/completions")
     async def complete(request: Request, body: CompletionBody) -> Response:
         """Continue texts."""
         return await shared.answer(request, body)
 
-    @app.post("/v1/embeddings", dependencies=keyed)
+    @app.post("/v1/embeddings")
     async def embed() -> Response:
         """Refuse: this model makes no embeddings."""
         raise ApiError(400, f"{shared.name} is a language model and makes no embeddings", code="unsupported_endpoint")
 
-    @app.get("/v1/models", dependencies=keyed)
+    @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """List the one model."""
         return {"object": "list", "data": [shared.model_card()]}
 
-    @app.get("/v1/models/{name:path}", dependencies=keyed)
+    @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         """Describe the model."""
         if name != shared.name:
@@ -224,8 +238,11 @@ def build_app(shared: Application) -> FastAPI:
         headers = {"Content-Security-Policy": content_security_policy(), "X-Content-Type-Options": "nosniff"}
         return HTMLResponse(chat_page(), headers=headers)
 
-    app.add_middleware(_LimitBody, most=config.body_limit_bytes)
-    app.add_middleware(_CountResponses, metrics=shared.metrics)
+    # The last one added is the first to see a request.
+    app.add_middleware(TakeBody, most_bytes=config.body_limit_bytes, seconds=config.body_timeout_seconds)
+    if config.api_keys:
+        app.add_middleware(NeedKey, prefix="/v1/", keys=config.api_keys)
+    app.add_middleware(CountResponses, metrics=shared.metrics)
     if config.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(config.cors_origins), allow_methods=["*"], allow_headers=["*"]
@@ -233,19 +250,7 @@ def build_app(shared: Application) -> FastAPI:
     return app
 
 
-def _needs_key(keys: tuple[str, ...]) -> Callable[[Request], Awaitable[None]]:
-    async def check(request: Request) -> None:
-        if not keys:
-            return
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").strip().encode()
-        # All are compared, each in constant time, so that the time tells nothing.
-        if not sum(hmac.compare_digest(given, key.encode()) for key in keys):
-            raise ApiError(401, "give an API key of this server as 'Authorization: Bearer KEY'", code="invalid_api_key")
-
-    return check
-
-
-async def _closing(stream: AsyncIterator[bytes], answers: "Answers") -> AsyncIterator[bytes]:
+async def _closing(stream: AsyncIterator[bytes], answers: "Answers") -> AsyncGenerator[bytes, None]:
     try:
         async for piece in stream:
             yield piece
@@ -253,88 +258,20 @@ async def _closing(stream: AsyncIterator[bytes], answers: "Answers") -> AsyncIte
         answers.close()
 
 
-@asynccontextmanager
-async def _cancelled_on_disconnect(request: Request, answers: "Answers") -> AsyncIterator[None]:
-    """Cancel the block when the client hangs up: nobody would read the answer."""
-    task = asyncio.current_task()
-    assert task is not None
-
-    async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        task.cancel()
-
-    watcher = asyncio.create_task(watch())
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """Return what comes of `work`; give it up when the client hangs up, since nobody would read the answer."""
+    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_hung_up(request))
     try:
-        yield
+        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
     finally:
-        watcher.cancel()
-        with suppress(asyncio.CancelledError):
-            await watcher
-        answers.close()
+        for task in (working, gone):
+            task.cancel()
+        await asyncio.wait((working, gone))
 
 
-class _LimitBody:
-    """Refuses bodies that are too large: by what they say of themselves, or as soon as they are."""
-
-    def __init__(self, app: ASGIApp, *, most: int) -> None:
-        self._app = app
-        self._most = most
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        said = dict(scope["headers"]).get(b"content-length", b"0")
-        if said.isdigit() and int(said) > self._most:
-            return await self._refuse(scope, receive, send)
-        taken = 0
-        is_too_large = False
-        has_begun = False
-
-        async def counted() -> Message:
-            nonlocal taken, is_too_large
-            message = await receive()
-            if message["type"] == "http.request":
-                taken += len(message.get("body", b""))
-                if taken > self._most:
-                    is_too_large = True
-                    return {"type": "http.disconnect"}
-            return message
-
-        async def noted(message: Message) -> None:
-            nonlocal has_begun
-            if is_too_large and not has_begun:
-                return
-            has_begun = True
-            await send(message)
-
-        try:
-            await self._app(scope, counted, noted)
-        except Exception:
-            if not is_too_large or has_begun:
-                raise
-        if is_too_large and not has_begun:
-            await self._refuse(scope, receive, send)
-        return None
-
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = error_body(413, f"the body is larger than {self._most:,} bytes, which is the limit")
-        await JSONResponse(body, status_code=413, headers={"Connection": "close"})(scope, receive, send)
-
-
-class _CountResponses:
-    """Counts answers by path and status."""
-
-    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
-        self._app = app
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def noted(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                route = scope.get("route")
-                path = getattr(route, "path", "other")  # not the path itself, of which there are endlessly many
-                self._metrics.responses.labels(path=path, status=str(message["status"])).inc()
-            await send(message)
-
-        await self._app(scope, receive, noted if scope["type"] == "http" else send)
+async def _hung_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

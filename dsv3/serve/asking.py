@@ -40,6 +40,9 @@ def chat_question(body: ChatBody, *, tokenizer: Tokenizer, max_tokens: int) -> Q
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs = true", param="top_logprobs")
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or []]
+    names = [tool["function"]["name"] for tool in tools]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ApiError(400, f"{len(names)} tools, and more than one is called {twice[0]!r}", param="tools")
     choice: Any = body.tool_choice or ("auto" if tools else "none")
     if isinstance(choice, NamedTool):
         choice = choice.model_dump()
@@ -66,6 +69,12 @@ def chat_question(body: ChatBody, *, tokenizer: Tokenizer, max_tokens: int) -> Q
     if demanded is not None and grammar is not None:
         raise ApiError(400, "an answer cannot be a demanded tool call and another format", param="tool_choice")
     limit = body.max_completion_tokens or body.max_tokens or max_tokens
+    if body.max_tokens not in (None, limit):
+        raise ApiError(
+            400,
+            f"max_tokens = {body.max_tokens} and max_completion_tokens = {limit} are two names of one limit; give one",
+            param="max_tokens",
+        )
     return Question(
         prompt_ids=tokenizer.encode(text),
         params=sampling(body, max_tokens=limit),
@@ -178,6 +187,18 @@ def grammar_parameter(body: Sampling) -> str:
     if isinstance(body, ChatBody) and body.response_format is not None and body.response_format.type != "text":
         return "response_format"
     return "tools"
+
+
+def refuse_unknown_tokens(question: Question, *, num_embeddings: int, num_drawn: int, param: str) -> None:
+    """Raise ApiError for ids that the model has no row for, or, where they are to be drawn, no token."""
+    given = {
+        param: (question.prompt_ids, num_drawn if question.prompt_logprobs else num_embeddings),
+        "logit_bias": ([token for token, _ in question.params.logit_bias], num_drawn),
+        "stop_token_ids": (question.params.stop_token_ids, num_drawn),
+    }
+    for name, (ids, limit) in given.items():
+        if ids and max(ids) >= limit:
+            raise ApiError(400, f"token {max(ids)} is beyond the vocabulary, 0 to {limit - 1}", param=name)
 
 
 def refuse_long_prompt(question: Question, *, context_limit: int, param: str) -> None:

@@ -13,7 +13,7 @@ import zmq
 import zmq.asyncio
 
 from dsv3.config import ServerConfig
-from dsv3.errors import ConfigError
+from dsv3.errors import ConfigError, EngineError
 from dsv3.infer.request import EngineStats, FinishReason, TokenEvent
 from dsv3.runtime.log import get_logger
 from dsv3.serve.messages import (
@@ -22,6 +22,7 @@ from dsv3.serve.messages import (
     Cancel,
     Check,
     Checked,
+    Here,
     Progress,
     Ready,
     Refused,
@@ -35,6 +36,7 @@ log = get_logger(__name__)
 STOP_SECONDS = 5.0
 """Given to the engine to end, before it is killed."""
 GONE = "the engine has ended; the server stops"
+STOPPING = "the server stops, and has no more time for this answer"
 
 
 class RefusedError(Exception):
@@ -45,10 +47,12 @@ class EngineClient:
     """Starts the engine's process and speaks with it."""
 
     def __init__(self, config: ServerConfig) -> None:
-        self.ready = Ready(context_limit=0, weights="", drafts=0, num_pages=0, page_tokens=0)
+        self.ready = Ready(context_limit=0, num_embeddings=0, weights="", drafts=0, num_pages=0, page_tokens=0)
         self.stats = EngineStats()
         """As of the newest step."""
         self.is_alive = False
+        self.is_stopping = False
+        """Nothing more is answered."""
         self.on_death: Callable[[], None] = lambda: None
         self._config = config
         self._inboxes: dict[str, asyncio.Queue[TokenEvent | Refused]] = {}
@@ -77,7 +81,11 @@ class EngineClient:
         assert self._process.stdin is not None
         with suppress(BrokenPipeError), self._process.stdin as stdin:
             stdin.write(msgspec.json.encode(self._config))
-        message = await self._first_message()
+        message = await self._next_before_ready()
+        if isinstance(message, Here):
+            # Connected, so that its name is of no more use: nothing is left behind whatever ends this process.
+            self._folder.cleanup()
+            message = await self._next_before_ready()
         if isinstance(message, Broken):
             await self.stop()
             raise ConfigError(message.reason)
@@ -104,7 +112,13 @@ class EngineClient:
         self._folder.cleanup()
 
     async def ask(self, ask: Ask) -> "asyncio.Queue[TokenEvent | Refused]":
-        """Hand a request over; its events come into the queue that is returned."""
+        """Hand a request over; its events come into the queue that is returned.
+
+        Raises:
+            EngineError: the engine has ended, or is ending.
+        """
+        if not self.is_alive or self.is_stopping:
+            raise EngineError(GONE if not self.is_alive else STOPPING)
         inbox: asyncio.Queue[TokenEvent | Refused] = asyncio.Queue()
         self._inboxes[ask.id] = inbox
         await self._socket.send(encode(ask))
@@ -118,6 +132,15 @@ class EngineClient:
             task = asyncio.ensure_future(self._socket.send(encode(Cancel(gone))))
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
+    async def end_all(self, *, after_seconds: float) -> None:
+        """After some time, cancel what has not ended and tell everyone who waits that the server stops."""
+        await asyncio.sleep(after_seconds)
+        self.is_stopping = True
+        ids = list(self._inboxes)
+        for request_id in ids:
+            self._inboxes[request_id].put_nowait(_failed(request_id, STOPPING))
+        self.forget(ids)
+
     async def check(self) -> str:
         """Let the engine check its books; return the fault, empty if there is none."""
         answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -125,13 +148,13 @@ class EngineClient:
         await self._socket.send(encode(Check()))
         return await answer
 
-    async def _first_message(self) -> Ready | Broken:
+    async def _next_before_ready(self) -> Here | Ready | Broken:
         assert self._process is not None
         while not await self._socket.poll(200):
             if self._process.poll() is not None:
                 return Broken(f"the engine ended with status {self._process.returncode} before it was ready")
         message = decode_from_engine(await self._socket.recv())
-        assert isinstance(message, Ready | Broken)
+        assert isinstance(message, Here | Ready | Broken)
         return message
 
     async def _receive(self) -> None:
@@ -161,6 +184,10 @@ class EngineClient:
         self.is_alive = False
         log.error("the engine's process ended with status %s", self._process.returncode)
         for request_id, inbox in self._inboxes.items():
-            inbox.put_nowait(TokenEvent(id=request_id, finish_reason=FinishReason.FAILED, error=GONE))
+            inbox.put_nowait(_failed(request_id, GONE))
         self._inboxes.clear()
         self.on_death()
+
+
+def _failed(request_id: str, error: str) -> TokenEvent:
+    return TokenEvent(id=request_id, finish_reason=FinishReason.FAILED, error=error)

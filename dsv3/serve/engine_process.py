@@ -13,12 +13,12 @@ import msgspec
 import zmq
 
 from dsv3.config import ServerConfig
-from dsv3.errors import ConfigError, Dsv3Error
+from dsv3.errors import Dsv3Error
 from dsv3.infer.loaded import load
 from dsv3.infer.packed_runner import PackedRunner
 from dsv3.infer.request import Request
 from dsv3.runtime.device import set_threads
-from dsv3.runtime.log import show_log
+from dsv3.runtime.log import get_logger, show_log
 from dsv3.serve.grammar import GrammarFactory
 from dsv3.serve.messages import (
     Ask,
@@ -26,6 +26,7 @@ from dsv3.serve.messages import (
     Cancel,
     Check,
     Checked,
+    Here,
     Progress,
     Ready,
     Refused,
@@ -34,6 +35,8 @@ from dsv3.serve.messages import (
     decode_to_engine,
     encode,
 )
+
+log = get_logger(__name__)
 
 IDLE_MILLISECONDS = 1000
 """How long to wait for a message before looking whether the parent is still there."""
@@ -52,6 +55,7 @@ def main() -> None:
     with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
         socket.linger = 1000
         socket.connect(sys.argv[1])
+        socket.send(encode(Here()))
         try:
             service = EngineService(config)
         except Dsv3Error as error:
@@ -98,6 +102,7 @@ class EngineService:
             weights = f"{runner.model.format_name}, {runner.model.num_bytes / 1e9:.2f} GB"
         return Ready(
             context_limit=self.engine.context_limit,
+            num_embeddings=runner.config.vocab_size,
             weights=weights,
             drafts=engine.max_drafts,
             num_pages=engine.num_pages,
@@ -135,8 +140,11 @@ class EngineService:
                 prompt_logprobs=ask.prompt_logprobs,
             )
             self.engine.add(request)
-        except ConfigError as error:
+        except Dsv3Error as error:
             return Refused(ask.id, str(error))
+        except Exception as error:  # One request fails; the engine and all others go on.
+            log.exception("a request could not be taken in")
+            return Refused(ask.id, repr(error), is_fault=True)
         return None
 
     def _factory(self) -> GrammarFactory:

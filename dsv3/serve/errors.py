@@ -52,13 +52,14 @@ def answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def of_a_body(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
-        message = first["msg"]
-        if first["type"] == "extra_forbidden":
+        # Of the alternatives that were tried, the one that was followed furthest is the one that was meant.
+        fault = max(error.errors(), key=lambda found: len(_place(found, body=error.body)))
+        place = ".".join(_place(fault, body=error.body))
+        message = fault["msg"]
+        if fault["type"] == "extra_forbidden":
             message = "there is no such parameter here, so it cannot be obeyed; leave it out"
         found = f"{place}: {message}" if place else f"the body is not what was expected: {message}"
-        return JSONResponse(error_body(400, found, param=place or None, code=first["type"]), status_code=400)
+        return JSONResponse(error_body(400, found, param=place or None, code=fault["type"]), status_code=400)
 
     @app.exception_handler(HTTPException)
     async def of_http(request: Request, error: HTTPException) -> JSONResponse:
@@ -71,3 +72,19 @@ def answer_errors(app: FastAPI) -> None:
     async def of_a_bug(_: Request, error: Exception) -> JSONResponse:
         log.error("an answer failed", exc_info=error)
         return JSONResponse(error_body(500, "the server failed; its log says why"), status_code=500)
+
+
+def _place(fault: dict[str, Any], *, body: Any) -> list[str]:
+    """Return where in the body an error is, in the body's own names.
+
+    pydantic's place has names of alternatives in it too, which nobody has written.
+    """
+    parts = fault["loc"][1:]
+    found = []
+    for number, part in enumerate(parts):
+        is_there = part in body if isinstance(body, dict) else isinstance(body, list) and isinstance(part, int)
+        if is_there:
+            body = body[part]
+        if is_there or (fault["type"] == "missing" and number == len(parts) - 1):
+            found.append(str(part))
+    return found

@@ -34,10 +34,16 @@ class Stop(msgspec.Struct, tag=True, frozen=True):
     """The engine is to end."""
 
 
+class Here(msgspec.Struct, tag=True, frozen=True):
+    """The engine's process has begun, and loads the model next."""
+
+
 class Ready(msgspec.Struct, tag=True, frozen=True):
     """The model is loaded."""
 
     context_limit: int
+    num_embeddings: int
+    """Rows of the embedding: ids of tokens lie below."""
     weights: str
     """How they are kept, in words."""
     drafts: int
@@ -56,6 +62,8 @@ class Refused(msgspec.Struct, tag=True, frozen=True):
 
     id: str
     reason: str
+    is_fault: bool = False
+    """The engine's own fault, and not the request's."""
 
 
 class Progress(msgspec.Struct, tag=True, frozen=True):
@@ -72,7 +80,7 @@ class Checked(msgspec.Struct, tag=True, frozen=True):
 
 
 ToEngine = Ask | Cancel | Check | Stop
-FromEngine = Ready | Broken | Refused | Progress | Checked
+FromEngine = Here | Ready | Broken | Refused | Progress | Checked
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

@@ -3,17 +3,18 @@
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import msgspec
 from starlette.responses import StreamingResponse
-from starlette.types import Message, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.infer.request import TokenLogprob
 from dsv3.serve.answers import Choice, Delta, usage_of
+from dsv3.serve.edge import ABORT
 from dsv3.serve.errors import ApiError
 from dsv3.serve.running import Answers
 from dsv3.serve.tool_calls import ToolCallDelta
@@ -25,24 +26,25 @@ DONE = b"data: [DONE]\n\n"
 class EventStream(StreamingResponse):
     """A stream whose reader must take what is written within some seconds."""
 
-    def __init__(self, content: AsyncIterator[bytes], *, media_type: str, seconds: float) -> None:
+    def __init__(self, content: AsyncGenerator[bytes, None], *, media_type: str, seconds: float) -> None:
         super().__init__(
             content, media_type=media_type, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         )
+        self._content = content
         self._seconds = seconds
 
-    async def stream_response(self, send: Send) -> None:
-        """Write the stream; give a reader up that does not read."""
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Write the stream; break the connection off when its reader does not read."""
 
         async def in_time(message: Message) -> None:
             await asyncio.wait_for(send(message), self._seconds)
 
         try:
-            await super().stream_response(in_time)
+            await super().__call__(scope, receive, in_time)
         except TimeoutError:
-            close = getattr(self.body_iterator, "aclose", None)
-            if close is not None:
-                await close()
+            await self._content.aclose()
+            if (abort := scope.get("extensions", {}).get(ABORT)) is not None:
+                abort()
 
 
 def event(value: dict[str, Any]) -> bytes:

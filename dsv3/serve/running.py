@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from dsv3.config import ServerConfig
 from dsv3.data.tokenizer import Tokenizer
+from dsv3.errors import EngineError
 from dsv3.infer.request import FinishReason, TokenEvent
 from dsv3.serve.answers import Choice, Delta
 from dsv3.serve.asking import Question
@@ -60,9 +61,16 @@ class Answers:
                 self._asks.append(_ask(question, request_id=choice.request_id, number=number))
 
     async def start(self) -> None:
-        """Hand all of it to the engine."""
+        """Hand all of it to the engine.
+
+        Raises:
+            ApiError: the engine has ended.
+        """
         for choice, ask in zip(self.choices, self._asks, strict=True):
-            inbox = await self._engine.ask(ask)
+            try:
+                inbox = await self._engine.ask(ask)
+            except EngineError as error:
+                raise ApiError(503, str(error)) from error
             self._readers.append(asyncio.create_task(self._read(choice, inbox)))
 
     def close(self) -> None:
@@ -109,9 +117,10 @@ class Answers:
 
     def _taken(self, choice: Choice, event: TokenEvent | Refused) -> Delta:
         if isinstance(event, Refused):
-            raise ApiError(400, event.reason)
+            raise ApiError(500 if event.is_fault else 400, event.reason)
         if event.finish_reason is FinishReason.FAILED:
-            raise ApiError(500, event.error or "the answer failed")
+            has_ended = self._engine.is_stopping or not self._engine.is_alive
+            raise ApiError(503 if has_ended else 500, event.error or "the answer failed")
         if event.tokens and choice.index not in self._first:
             self._first[choice.index] = time.perf_counter()
             self._metrics.first_token.observe(self._first[choice.index] - self._began)
@@ -149,7 +158,7 @@ def _ask(question: Question, *, request_id: str, number: int) -> Ask:
         prompt_ids=question.prompt_ids,
         params=params,
         num_logprobs=question.num_logprobs,
-        prompt_logprobs=question.prompt_logprobs and number == 0,
+        prompt_logprobs=question.prompt_logprobs,
         grammar=question.grammar,
         thinks_first=question.thinks,
     )

@@ -3,7 +3,7 @@
 import asyncio
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -16,10 +16,14 @@ from dsv3.errors import ConfigError, EngineError, TokenizerError
 from dsv3.infer.model_folder import find_model
 from dsv3.runtime.log import get_logger
 from dsv3.serve.app import Application, build_app
+from dsv3.serve.edge import AbortableProtocol
 from dsv3.serve.engine_client import GONE, EngineClient
 
 log = get_logger(__name__)
 
+PARTING_SECONDS = 2.0
+"""For clients to read that their answers are broken off."""
+BACKLOG = 2048
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -52,11 +56,13 @@ async def _serve(config: ServerConfig, *, say: Callable[[str], None]) -> None:
                 build_app(shared),
                 log_level="warning",
                 access_log=False,
+                http=AbortableProtocol,
                 # Said to be whole seconds; it only goes to asyncio.wait_for.
-                timeout_graceful_shutdown=config.drain_timeout_seconds,  # type: ignore[arg-type]
+                timeout_graceful_shutdown=config.drain_timeout_seconds + PARTING_SECONDS,  # type: ignore[arg-type]
                 timeout_keep_alive=30,
             ),
             on_ready=lambda: say(_greeting(config, engine=engine, port=listening.getsockname()[1])),
+            on_stop=lambda: engine.end_all(after_seconds=config.drain_timeout_seconds),
         )
         engine.on_death = server.end
         await server.serve(sockets=[listening])
@@ -70,9 +76,12 @@ async def _serve(config: ServerConfig, *, say: Callable[[str], None]) -> None:
 class _Server(uvicorn.Server):
     """Says when it is ready, and ends with status 0 where it was told to end."""
 
-    def __init__(self, config: uvicorn.Config, *, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, *, on_ready: Callable[[], None], on_stop: Callable[[], Awaitable[None]]
+    ) -> None:
         super().__init__(config)
         self.died = False
+        self._on_stop = on_stop
         self._on_ready = on_ready
         self._on_signal = 0
 
@@ -80,6 +89,12 @@ class _Server(uvicorn.Server):
         """Begin to accept, and say so."""
         await super().startup(sockets=sockets)
         self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take nothing new, and let what is under way end in time, or be told that it does not."""
+        ending = asyncio.ensure_future(self._on_stop())
+        await super().shutdown(sockets=sockets)
+        ending.cancel()
 
     def end(self) -> None:
         """Stop because there is nothing left to serve with."""
@@ -108,6 +123,7 @@ def _listen(config: ServerConfig) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((config.host, config.port))
+        listening.listen(BACKLOG)  # a port that is bound and not listened at can be had twice
     except OSError as error:
         listening.close()
         raise ConfigError(

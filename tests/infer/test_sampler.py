@@ -361,6 +361,7 @@ def test_a_sampler_is_plain_only_if_the_likeliest_token_is_all_it_takes():
         ({"presence_penalty": math.inf}, "presence_penalty = inf; use 0 for none"),
         ({"frequency_penalty": math.nan}, "frequency_penalty = nan"),
         ({"repetition_penalty": 0.0}, "repetition_penalty = 0.0; use 1 for none"),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty = 5e-324"),
         ({"repetition_penalty": math.inf}, "repetition_penalty = inf"),
         ({"logit_bias": ((-1, 1.0),)}, "token ids from 0 on"),
         ({"logit_bias": ((1, math.nan),)}, "finite numbers"),

@@ -226,9 +226,13 @@ def test_the_model_is_listed(client):
         ({"extra_body": {"temprature": 1}}, "no such parameter", "temprature"),
         ({"n": 17}, "at most 16", "n"),
         ({"prompt": "x" * 3000}, "tokens, and prompt and answer together may have 512", "prompt"),
-        ({"prompt": [3, 10_000]}, "token id 10000 at place 1", None),
+        ({"prompt": [3, 10_000]}, "token 10000 is beyond the vocabulary", "prompt"),
+        ({"prompt": {"text": "x"}}, "", "prompt"),
+        ({"stop": [""]}, "at least 1 character", "stop.0"),
+        ({"stop": 5}, "", "stop"),
+        ({"extra_body": {"stop_token_ids": [400]}}, "400 is beyond", "stop_token_ids"),
         ({"extra_body": {"guided_regex": "("}}, "", "guided_regex"),
-        ({"logit_bias": {"330000": 5}}, "330000", None),
+        ({"logit_bias": {"330000": 5}}, "330000", "logit_bias"),
         ({"suffix": "end"}, "", "suffix"),
     ],
 )
@@ -274,11 +278,30 @@ def test_a_body_beyond_the_limit_is_turned_away(server):
         for _ in range(100):
             yield b" " * 10_000
 
-    try:
-        status = httpx.post(f"{server.url}/v1/completions", content=endless()).status_code
-    except httpx.HTTPError:  # turned away while it was still writing
-        status = 413
-    assert status == 413
+    assert httpx.post(f"{server.url}/v1/completions", content=endless()).status_code == 413
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"messages": [{"role": "user"}, {"role": "nobody", "content": "x"}]}, "messages.1.role"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text"),
+        ({"messages": [{"content": "x"}]}, "messages.0.role"),
+        ({"tool_choice": {"type": "function", "function": {}}}, "tool_choice.function.name"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}] * 2}, "tools"),
+    ],
+)
+def test_the_parameter_at_fault_is_named_as_the_client_wrote_it(server, options, param):
+    body = {"messages": [{"role": "user", "content": "x"}], **options}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+def test_each_of_several_answers_has_the_prompts_scores(client):
+    answer = complete(client, n=2, echo=True, logprobs=0, max_tokens=2, temperature=1.0)
+    lengths = {len(choice.logprobs.token_logprobs) for choice in answer.choices}
+    assert lengths == {answer.usage.prompt_tokens + 2}
 
 
 def test_too_many_answers_at_once_are_turned_away(server):
