@@ -69,7 +69,8 @@ def main() -> None:
 
 
 def run(service: "EngineService", *, socket: "zmq.Socket[bytes]", parent: int) -> None:
-    """Take messages between steps, and step while there is work."""
+    """Take messages between steps, and step while there is work; when that is done, look through the books."""
+    is_checked = True
     while os.getppid() == parent:
         wait = 0 if service.engine.has_work else IDLE_MILLISECONDS
         while socket.poll(wait):
@@ -83,6 +84,11 @@ def run(service: "EngineService", *, socket: "zmq.Socket[bytes]", parent: int) -
         if service.engine.has_work:
             events = service.engine.step()
             socket.send(encode(Progress(events, service.engine.stats())))
+            is_checked = False
+        elif not is_checked:
+            is_checked = True
+            if fault := service.fault():
+                log.error("the cache's books do not add up: %s; restart the server, and tell us of it", fault)
 
 
 class EngineService:
@@ -117,12 +123,16 @@ class EngineService:
             for request_id in message.ids:
                 self.engine.cancel(request_id)
         if isinstance(message, Check):
-            try:
-                self.engine.check()
-            except AssertionError as fault:
-                return Checked(str(fault) or "the engine's books do not add up")
-            return Checked("")
+            return Checked(self.fault())
         return None
+
+    def fault(self) -> str:
+        """Return what is wrong with pages, prefixes and requests; empty if nothing is."""
+        try:
+            self.engine.check()
+        except AssertionError as fault:
+            return str(fault) or "what is held and what is known differ"
+        return ""
 
     def _ask(self, ask: Ask) -> Refused | None:
         try:
