@@ -200,8 +200,9 @@ class DraftLength:
 
     TRIES = 3
     """Steps of a length before its time is believed."""
-    PATIENCE = 64
-    """Steps after which a neighbour of the best length is tried again."""
+    PATIENCE = (64, 256)
+    """Steps after which a neighbour of the best length is tried again: at first, and at most. Each time that the same
+    length stays the best, it takes twice as long."""
     RATE = 0.1
     """Weight of the newest observation."""
     DOUBT = 0.98
@@ -213,7 +214,11 @@ class DraftLength:
         self._accepted = [0.8 * 0.9**place for place in range(most)]
         self._seconds: dict[tuple[int, int], float] = {}
         self._tries: dict[tuple[int, int], int] = {}
+        self._best: int | None = None
+        self._patience, _ = self.PATIENCE
         self._steps = 0
+        """Since the last try of a neighbour."""
+        self._turn = False
 
     def choose(self, *, num_sequences: int) -> int:
         """Return how many drafts to make for each sequence of the next step."""
@@ -223,15 +228,21 @@ class DraftLength:
         for length in (self._most, *range(self._most)):
             if self._tries.get((size, length), 0) < self.TRIES:
                 return length
-        self._steps += 1
         # A draft more must be worth more than what is not known of its cost.
         best = max(
             range(self._most + 1), key=lambda length: self.tokens_per_second(length, size=size) * self.DOUBT**length
         )
-        if self._steps % self.PATIENCE < self.TRIES:
-            turn = self._steps // self.PATIENCE % 2
-            return min(best + 1, self._most) if turn else max(best - 1, 0)
-        return best
+        if best != self._best:
+            self._best, self._steps = best, 0
+            self._patience, _ = self.PATIENCE
+        self._steps += 1
+        if self._steps <= self._patience:
+            return best
+        if self._steps == self._patience + self.TRIES:
+            self._steps, self._turn = 0, not self._turn
+            self._patience = min(2 * self._patience, self.PATIENCE[1])
+        goes_up = best == 0 or (best < self._most and self._turn)
+        return best + 1 if goes_up else best - 1
 
     def tokens_per_second(self, length: int, *, size: int) -> float:
         """Return what a length is expected to bring for one sequence."""

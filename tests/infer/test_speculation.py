@@ -69,9 +69,9 @@ def test_a_neighbour_of_the_best_is_tried_again_now_and_then():
 
 def test_a_text_that_changes_changes_the_length():
     length, chance = DraftLength(3, is_adaptive=True), random.Random(1)
-    options = {"cost": lambda drafts: 1 + 0.2 * drafts, "steps": 800, "chance": chance}
+    options = {"cost": lambda drafts: 1 + 0.2 * drafts, "steps": 1600, "chance": chance}
     for acceptance, most_used in ((0.95, 3), (0.02, 0), (0.95, 3)):
-        chosen = lengths_chosen(length, acceptance=acceptance, **options)[500:]
+        chosen = lengths_chosen(length, acceptance=acceptance, **options)[1000:]
         assert max(set(chosen), key=chosen.count) == most_used
 
 
