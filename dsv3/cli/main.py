@@ -17,6 +17,7 @@ from dsv3.runtime.log import show_log
 VERBS = (
     "quickstart",
     "inspect",
+    "schedule",
     "prepare",
     "pretrain",
     "generate",
