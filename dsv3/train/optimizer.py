@@ -145,16 +145,11 @@ class AdamW:
             torch._foreach_mul_(list(self.gradients.values()), 1 / scale)
 
     @torch.no_grad()
-    def gradient_norm(self) -> float:
-        """Return the Euclidean norm of all gradients as one vector; not finite if any gradient is not."""
-        norms = torch._foreach_norm(list(self.gradients.values()))
-        return torch.stack(norms).norm().item() if norms else 0.0
-
-    @torch.no_grad()
     def step(self, *, learning_rate: float, gradient_norm: float) -> None:
         """Take one step, with gradients scaled down to a norm of at most `clip_gradient_norm`.
 
-        `gradient_norm` is that of `gradient_norm()`, asked for first so that a step that must not be taken is not.
+        `gradient_norm` is that of all gradients of all ranks, asked for first so that a step that must not be taken
+        is not.
         A parameter without a gradient is left as it is.
         """
         gradients = {name: gradient.reshape(-1) for name, gradient in self.gradients.items()}

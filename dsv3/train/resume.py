@@ -12,6 +12,7 @@ from dsv3.config import PretrainConfig
 from dsv3.data.prepared import PreparedCorpus
 from dsv3.errors import SnapshotError
 from dsv3.model.transformer import Transformer
+from dsv3.parallel.ranks import Alone
 from dsv3.runtime.device import choose_device, choose_dtype
 from dsv3.runtime.seed import make_generator
 from dsv3.train.ema import WeightAverage
@@ -19,17 +20,22 @@ from dsv3.train.optimizer import AdamW
 from dsv3.train.step import TrainState
 
 
-def new_state(config: PretrainConfig) -> TrainState:
-    """Return the state of a run before its first step: random weights from `runtime.seed`, nothing seen."""
+def new_state(config: PretrainConfig, *, ranks: Alone | None = None) -> TrainState:
+    """Return the state of a run before its first step: random weights from `runtime.seed`, nothing seen.
+
+    They are the same weights on any number of ranks, of which each keeps what it is to hold.
+    """
+    ranks = ranks or Alone()
     device = choose_device(config.runtime.device)
     dtype = choose_dtype(config.runtime.dtype, device=device)
     model = Transformer(config.model)
     model.init_weights(generator=make_generator(config.runtime.seed, stream="weights"))
+    ranks.deal_out_experts(model)
     _place(model, device=device, dtype=dtype, in_fp8=config.precision.recipe != "original")
     optimizer = AdamW(model.named_parameters(), config=config.optim)
     decay = config.optim.ema_decay
     average = WeightAverage(optimizer.master, decay=decay) if decay else None
-    return TrainState(config=config, model=model, optimizer=optimizer, average=average)
+    return TrainState(config=config, model=model, optimizer=optimizer, average=average, ranks=ranks)
 
 
 @torch.no_grad()

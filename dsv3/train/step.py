@@ -7,7 +7,7 @@ Nothing is changed before loss and gradients have been found finite.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NoReturn, Protocol, runtime_checkable
 
@@ -21,6 +21,7 @@ from dsv3.errors import NonFiniteError
 from dsv3.fp8.recipe import recipe_named
 from dsv3.model.precision import Precision, quantise_weights
 from dsv3.model.transformer import Transformer
+from dsv3.parallel.ranks import Alone
 from dsv3.train.balance import max_violation, plain_top_k_counts, update_router_biases
 from dsv3.train.ema import WeightAverage
 from dsv3.train.loss import LossParts, WholeBatch, pretraining_loss
@@ -41,6 +42,8 @@ class TrainState:
     """Optimizer steps taken."""
     tokens: int = 0
     """Tokens seen in them. Rows are drawn in order, so this is also where the data stands."""
+    ranks: Alone = field(default_factory=Alone)
+    """Those that train together; each is given its share of every batch."""
     describe_rows: Callable[[range], str] = str
     """Says which documents rows of the data come from, for the message when a step must not be taken."""
 
@@ -78,7 +81,9 @@ class _Passes:
     """What the forward and backward passes of all micro-batches leave, besides gradients."""
 
     parts: list[LossParts]
+    """Of each micro-batch of this rank."""
     load: list[Int[Tensor, " expert"]]
+    """Of all ranks."""
 
 
 @runtime_checkable
@@ -90,6 +95,8 @@ class _Run(Protocol):
 
 def train_step(state: TrainState, *, batches: Sequence[TokenBatch]) -> StepMetrics:
     """Take one step on a batch, given as micro-batches on the model's device, and change `state` in place.
+
+    Of several ranks each is given its own share of the batch, in as many micro-batches as the others.
 
     Schedules are read at the tokens seen before the step. Router biases move after the weights, by the load of all
     micro-batches together; so the choice made in this step never depends on tokens of this step (report 2.1.2).
@@ -106,8 +113,9 @@ def train_step(state: TrainState, *, batches: Sequence[TokenBatch]) -> StepMetri
     precision = quantise_weights(state.model.weights_in_fp8(), config=config.precision)  # once, for all micro-batches
     whole = _count_whole_batch(state, batches=batches, precision=precision)
     run = partial(_forward_backward, state, whole=whole, mtp_weight=mtp_weight, precision=precision)
-    passes, norm = _passes_in_range(state, run=run, batches=batches)
-    _require_finite(state, passes=passes, norm=norm, batches=batches, run=run)
+    passes, norm, is_lost = _passes_in_range(state, run=run, batches=batches)
+    if is_lost or not math.isfinite(norm):
+        _stop(state, passes=passes, batches=batches, run=run)
 
     state.optimizer.step(learning_rate=rate, gradient_norm=norm)
     state.optimizer.forget_gradients()
@@ -115,26 +123,36 @@ def train_step(state: TrainState, *, batches: Sequence[TokenBatch]) -> StepMetri
     update_router_biases(routers, loads=passes.load, speed=speed)
     if state.average is not None:
         state.average.update(state.optimizer.master)
+    [tokens, loss, balance, *mtp] = state.ranks.total(
+        [
+            sum(batch.num_tokens for batch in batches),
+            sum(part.next_token.item() for part in passes.parts),
+            sum(part.balance.item() for part in passes.parts),
+            *(sum(values) for values in zip(*_mtp_values(passes), strict=True)),
+        ]
+    )
     state.step = step
-    state.tokens += sum(batch.num_tokens for batch in batches)
+    state.tokens += int(tokens)
     return StepMetrics(
         step=step,
         tokens=state.tokens,
-        loss=sum(part.next_token.item() for part in passes.parts),
-        mtp_loss=tuple(sum(values) for values in zip(*_mtp_values(passes), strict=True)),
+        loss=loss,
+        mtp_loss=tuple(mtp),
         mtp_weight=mtp_weight,
-        balance_loss=sum(part.balance.item() for part in passes.parts),
+        balance_loss=balance,
         gradient_norm=norm,
         learning_rate=rate,
         batch_sequences=whole.num_sequences,
-        batch_tokens=sum(batch.num_tokens for batch in batches),
+        batch_tokens=int(tokens),
         bias_update_speed=speed,
         load=tuple(load.cpu() for load in passes.load),
     )
 
 
-def _passes_in_range(state: TrainState, *, run: _Run, batches: Sequence[TokenBatch]) -> tuple[_Passes, float]:
-    """Run all micro-batches; return what they leave and the norm of their gradients, which are no longer scaled.
+def _passes_in_range(state: TrainState, *, run: _Run, batches: Sequence[TokenBatch]) -> tuple[_Passes, float, bool]:
+    """Run all micro-batches; return what they leave, the norm of their gradients, and whether any loss is lost.
+
+    Gradients are then those of all ranks, and no longer scaled.
 
     A loss scale that throws gradients out of the range of numbers is halved, for this step, until they are in it.
     """
@@ -142,11 +160,13 @@ def _passes_in_range(state: TrainState, *, run: _Run, batches: Sequence[TokenBat
     while True:
         state.optimizer.forget_gradients()
         passes = run(batches=batches, loss_scale=scale)
+        gradients = state.optimizer.gradients
+        state.ranks.reduce_gradients(gradients)
         state.optimizer.divide_gradients(scale)
-        norm = state.optimizer.gradient_norm()
-        lost = any(not math.isfinite(part.total.item()) for part in passes.parts)
-        if math.isfinite(norm) or lost or scale <= 1:
-            return passes, norm
+        norm = state.ranks.gradient_norm(gradients)
+        [num_lost] = state.ranks.total([sum(not math.isfinite(part.total.item()) for part in passes.parts)])
+        if math.isfinite(norm) or num_lost or scale <= 1:
+            return passes, norm, num_lost > 0
         scale /= 2
 
 
@@ -168,7 +188,13 @@ def _forward_backward(
     parts: list[LossParts] = []
     load: list[Tensor] = []
     for batch in batches:
-        output = state.model(batch, mtp=mtp_weight > 0, recompute=state.config.recompute, precision=precision)
+        output = state.model(
+            batch,
+            mtp=mtp_weight > 0,
+            dispatch=state.ranks.dispatch,
+            recompute=state.config.recompute,
+            precision=precision,
+        )
         loss = pretraining_loss(
             state.model,
             output=output,
@@ -182,7 +208,7 @@ def _forward_backward(
         parts.append(_detached(loss))
         here = [routing.load for routing in output.routings]
         load = [sofar + new for sofar, new in zip(load, here, strict=True)] if load else here
-    return _Passes(parts=parts, load=load)
+    return _Passes(parts=parts, load=state.ranks.total_loads(load))
 
 
 def _count_whole_batch(state: TrainState, *, batches: Sequence[TokenBatch], precision: Precision) -> WholeBatch:
@@ -191,49 +217,59 @@ def _count_whole_batch(state: TrainState, *, batches: Sequence[TokenBatch], prec
     The frequencies of that loss belong to the whole batch, and are needed before the first gradient.
     """
     whole = WholeBatch.of(batches)
-    if state.config.balance.method != "batch_loss" or len(batches) == 1:
+    targets, sequences = state.ranks.total([whole.num_targets, whole.num_sequences])
+    whole = replace(whole, num_targets=int(targets), num_sequences=int(sequences))
+    if state.config.balance.method != "batch_loss" or (len(batches) == 1 and state.ranks.size == 1):
         return whole
     counts: list[Tensor] = []
     with torch.no_grad():
         for batch in batches:
-            here = [
-                plain_top_k_counts(routing) for routing in state.model(batch, mtp=True, precision=precision).routings
-            ]
+            output = state.model(batch, mtp=True, dispatch=state.ranks.dispatch, precision=precision)
+            here = [plain_top_k_counts(routing) for routing in output.routings]
             counts = [sofar + new for sofar, new in zip(counts, here, strict=True)] if counts else here
-    return replace(whole, plain_top_k=counts)
+    return replace(whole, plain_top_k=state.ranks.total_loads(counts))
 
 
-def _require_finite(
-    state: TrainState, *, passes: _Passes, norm: float, batches: Sequence[TokenBatch], run: _Run
-) -> None:
-    for index, part in enumerate(passes.parts):
-        if not math.isfinite(part.total.item()):
-            _stop(state, batches=batches, index=index, what=f"the loss is {part.total.item()}")
-    if math.isfinite(norm):
-        return
+def _stop(state: TrainState, *, passes: _Passes, batches: Sequence[TokenBatch], run: _Run) -> NoReturn:
+    """Stop all ranks alike, with what is wrong on the first of them where something is."""
+    losses = [part.total.item() for part in passes.parts]
+    lost = next((index for index, loss in enumerate(losses) if not math.isfinite(loss)), None)
+    told = None if lost is None else _fault(state, batches=batches, index=lost, what=f"the loss is {losses[lost]}")
+    _stop_if_any(state, told)
     # Which rows? Each micro-batch once more, by itself: the weights are still those that met the fault.
     for index, batch in enumerate(batches):
         state.optimizer.forget_gradients()
         run(batches=[batch])
-        if not math.isfinite(state.optimizer.gradient_norm()):
-            gradients = state.optimizer.gradients.items()
-            names = [name for name, gradient in gradients if not gradient.isfinite().all()]
+        gradients = state.optimizer.gradients
+        if told is None and not math.isfinite(Alone().gradient_norm(gradients)):
+            names = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
             where = f"the gradient of {names[0]}" if names else "the norm of the gradients"
-            _stop(state, batches=batches, index=index, what=f"{where} is not finite")
-    _stop(state, batches=batches, index=None, what="the sum of the gradients is not finite")
-
-
-def _stop(state: TrainState, *, batches: Sequence[TokenBatch], index: int | None, what: str) -> NoReturn:
-    """Raise with the rows that were being read, counted as the loader counts them."""
+            told = _fault(state, batches=batches, index=index, what=f"{where} is not finite")
+    _stop_if_any(state, told)
     state.optimizer.forget_gradients()
+    raise NonFiniteError(_fault(state, batches=batches, index=None, what="the sum of the gradients is not finite"))
+
+
+def _fault(state: TrainState, *, batches: Sequence[TokenBatch], index: int | None, what: str) -> str:
+    """Return what is wrong with the rows of a micro-batch, or of all, counted as the loader counts them."""
     sizes = [len(batch.lengths) for batch in batches]
-    first = state.tokens // state.config.batch.sequence_length + sum(sizes[: index or 0])
+    begin, ranks = state.tokens // state.config.batch.sequence_length, state.ranks
+    first = begin + sum(sizes[: index or 0]) * ranks.size
     count = sum(sizes) if index is None else sizes[index]
-    rows = range(first, first + count)
-    raise NonFiniteError(
-        f"step {state.step + 1} cannot be taken: {what}, in rows {rows.start} to {rows.stop - 1} of the data "
-        f"({state.describe_rows(rows)})"
-    )
+    if ranks.size == 1:
+        rows, where = range(first, first + count), f"rows {first} to {first + count - 1} of the data"
+    else:
+        rows = range(first + ranks.rank, first + count * ranks.size, ranks.size)
+        where = f"rows {rows.start}, {rows.start + ranks.size}, ... of the data, {count} of them, on rank {ranks.rank}"
+    return f"step {state.step + 1} cannot be taken: {what}, in {where} ({state.describe_rows(rows)})"
+
+
+def _stop_if_any(state: TrainState, told: str | None) -> None:
+    """Raise on every rank where one of them has something to tell."""
+    found = [message for message in state.ranks.gather(told) if message is not None]
+    if found:
+        state.optimizer.forget_gradients()
+        raise NonFiniteError(found[0])
 
 
 def _detached(loss: LossParts) -> LossParts:

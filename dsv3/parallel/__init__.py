@@ -1,0 +1,1 @@
+"""Many ranks: who holds which experts, and how tokens and gradients reach them."""

@@ -1,0 +1,167 @@
+"""Many ranks train as one does."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dsv3.batch import TokenBatch
+from dsv3.config import (
+    BalanceConfig,
+    BatchConfig,
+    LearningRateConfig,
+    ModelConfig,
+    MtpLossConfig,
+    OptimConfig,
+    PrecisionConfig,
+    PretrainConfig,
+)
+from dsv3.errors import ConfigError, NonFiniteError
+from dsv3.parallel.ranks import Alone, Ranks
+from dsv3.train.resume import new_state
+from dsv3.train.step import train_step
+
+STEPS, ROWS, LENGTH = 20, 8, 16
+LAYOUTS = [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
+"""Ranks, and of them those that share the experts."""
+NAMES = [f"{size} ranks, experts over {expert}" for size, expert in LAYOUTS]
+
+
+def config_of(*, balance="bias", recipe="original", micro=2):
+    model = ModelConfig(
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=3,
+        initializer_range=0.1,
+        max_position_embeddings=64,
+        num_attention_heads=2,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_nope_head_dim=4,
+        qk_rope_head_dim=4,
+        v_head_dim=4,
+        intermediate_size=24,
+        moe_intermediate_size=8,
+        first_k_dense_replace=1,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_group=4,
+        topk_group=2,
+    )
+    return PretrainConfig(
+        model=model,
+        batch=BatchConfig(sequence_length=LENGTH, micro_batch_sequences=micro),
+        # A clipped norm, and moments in FP32: rounding them would make a last bit a whole one.
+        optim=OptimConfig(
+            learning_rate=LearningRateConfig(peak=3e-3, warmup_steps=2), bf16_moments=False, clip_gradient_norm=0.5
+        ),
+        precision=PrecisionConfig(recipe=recipe),
+        mtp=MtpLossConfig(early_weight=0.3),
+        balance=BalanceConfig(method=balance, bias_update_speed=1e-3, sequence_loss_weight=1e-2),
+    )
+
+
+def rows_of(step):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(64, (ROWS, LENGTH + 1), generator=generator)
+
+
+def share(rows, *, ranks, micro):
+    """Return a rank's rows as the loader deals them, in micro-batches that together are as large on any number."""
+    mine = rows[ranks.rank :: ranks.size]
+    return [TokenBatch.from_rows(part) for part in mine.split(max(1, micro // ranks.size))]
+
+
+def train(*, expert=1, **settings):
+    """Train on as many ranks as there are processes; return each step's numbers and what the weights have become."""
+    config = config_of(**settings)
+    ranks = Ranks(expert=expert, num_experts=8) if dist.is_initialized() else Alone()
+    state = new_state(config, ranks=ranks)
+    numbers = []
+    for step in range(STEPS):
+        batches = share(rows_of(step), ranks=ranks, micro=config.batch.micro_batch_sequences)
+        found = train_step(state, batches=batches)
+        numbers.append(
+            [found.loss, *found.mtp_loss, found.balance_loss, found.gradient_norm, found.tokens, found.batch_sequences]
+        )
+    loads = torch.stack([load.cpu() for load in found.load])
+    weights = {name: tensor.clone() for name, tensor in ranks.whole_experts(state.optimizer.master).items()}
+    biases = torch.stack([router.e_score_correction_bias for router in state.model.routers()])
+    return torch.tensor(numbers, dtype=torch.float64), loads, weights, biases
+
+
+@pytest.mark.parametrize(("size", "expert"), LAYOUTS, ids=NAMES)
+def test_twenty_steps_are_those_of_one_rank(on_ranks, size, expert):
+    """Losses, MTP, the clipped norm, biases by global counts, and all weights."""
+    numbers, loads, weights, biases = train()
+    for found in on_ranks(train, size=size, expert=expert):
+        assert (found[0] - numbers).abs().max() < 1e-5 * numbers.abs().max().clamp(max=10)
+        assert (found[0][:, 0] - numbers[:, 0]).abs().max() < 1e-6
+        assert torch.equal(found[1], loads)
+        assert torch.equal(found[3], biases)
+        for name, weight in weights.items():
+            assert torch.allclose(found[2][name], weight, atol=2e-5), name
+
+
+@pytest.mark.parametrize(
+    "settings", [{"balance": "batch_loss"}, {"balance": "sequence_loss"}, {"balance": "v2_losses"}]
+)
+def test_every_way_of_balancing_counts_all_ranks(on_ranks, settings):
+    numbers, *_ = train(**settings)
+    for found, *_ in on_ranks(train, size=4, expert=2, **settings):
+        assert (found - numbers).abs().max() < 1e-5 * numbers.abs().max().clamp(max=10)
+
+
+def test_fp8_begins_alike_and_stays_close(on_ranks):
+    """Not bit for bit: the tiles of Wgrad are 128 tokens long, and which tokens are neighbours depends on the ranks."""
+    numbers, *_ = train(recipe="fp8_v3")
+    found, *_ = on_ranks(train, size=2, expert=2, recipe="fp8_v3")[0]
+    assert (found[0, :2] - numbers[0, :2]).abs().max() < 1e-6
+    assert (found[:, 0] - numbers[:, 0]).abs().max() < 0.03
+
+
+def break_one_rank(*, what):
+    """Train with a fault on the last rank alone; return what every rank is told."""
+    config = config_of()
+    ranks = Ranks(expert=2, num_experts=8)
+    state = new_state(config, ranks=ranks)
+    before = {name: weight.clone() for name, weight in state.optimizer.master.items()}
+    batches = share(rows_of(0), ranks=ranks, micro=2)
+    if ranks.rank == ranks.size - 1 and what == "gradient":
+        # Finite forward, not backward: of this rank's tokens alone.
+        state.model.embed_tokens.weight.register_hook(lambda gradient: gradient * math.inf)
+    if ranks.rank == ranks.size - 1 and what == "loss":
+        state.model.norm.weight.data.fill_(math.nan)
+        before["norm.weight"] = state.model.norm.weight.data.clone()
+    try:
+        train_step(state, batches=batches)
+    except NonFiniteError as error:
+        same = all(torch.equal(a, before[name]) or a.isnan().all() for name, a in state.optimizer.master.items())
+        return str(error), same, state.step
+    return "", False, -1
+
+
+@pytest.mark.parametrize(
+    ("what", "message"), [("loss", "the loss is nan"), ("gradient", "the gradient of embed_tokens")]
+)
+def test_what_breaks_on_one_rank_stops_all_with_the_same_words(on_ranks, what, message):
+    told = on_ranks(break_one_rank, size=4, what=what)
+    assert len({text for text, _, _ in told}) == 1
+    assert message in told[0][0]
+    assert "on rank 3" in told[0][0]
+    assert all(unchanged and step == 0 for _, unchanged, step in told)
+
+
+def refuse(*, expert, num_experts):
+    try:
+        Ranks(expert=expert, num_experts=num_experts)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_do_not_divide_are_refused_with_what_would(on_ranks):
+    assert on_ranks(refuse, size=3, expert=2, num_experts=8)[0] == (
+        "3 ranks do not divide into expert axes of 2; use 1 for parallel.expert, or another number of ranks"
+    )
