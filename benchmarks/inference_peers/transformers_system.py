@@ -1,4 +1,8 @@
-"""transformers' DeepseekV3ForCausalLM over its latent cache, with each expert implementation that is of use here."""
+"""transformers' DeepseekV3ForCausalLM over its latent cache, with the faster expert implementation for each task.
+
+That is the loop over experts for prompts, and `grouped_mm` for single tokens; `batched_mm` copies the chosen experts'
+weights for each token, and is far behind both.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,15 +17,16 @@ from transformers import AutoModelForCausalLM, DynamicCache
 class TransformersSystem:
     """One forward call a step, without `generate`, which would add to it."""
 
-    def __init__(self, work: Path, *, dtype: torch.dtype, experts: str) -> None:
+    def __init__(self, work: Path, *, dtype: torch.dtype) -> None:
         self._model = AutoModelForCausalLM.from_pretrained(
-            published_folder(work), dtype=dtype, attn_implementation="sdpa", experts_implementation=experts
+            published_folder(work), dtype=dtype, attn_implementation="sdpa"
         ).eval()
         self._tokens = Tokens()
         self._cache = DynamicCache()
         self._held: Task | None = None
 
     def ready(self, task: Task) -> None:
+        self._model.set_experts_implementation("grouped_mm" if task.steps else "eager")
         if task is TASKS["long"] and self._held is task:
             self._cache.crop(-task.steps)
         else:
@@ -45,9 +50,6 @@ class TransformersSystem:
 
 
 MODES: dict[str, Callable[[Path], TransformersSystem]] = {
-    f"{name}, {experts}": lambda work, dtype=dtype, experts=experts: TransformersSystem(
-        work, dtype=dtype, experts=experts
-    )
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
-    for experts in ("eager", "grouped_mm")
+    "fp32": lambda work: TransformersSystem(work, dtype=torch.float32),
+    "bf16": lambda work: TransformersSystem(work, dtype=torch.bfloat16),
 }

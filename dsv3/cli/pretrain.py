@@ -18,6 +18,7 @@ from dsv3.cli.run_settings import (
     SetOption,
     run_settings,
 )
+from dsv3.runtime.rank import is_main_rank
 
 if TYPE_CHECKING:
     from dsv3.model.transformer import Transformer
@@ -45,6 +46,8 @@ def pretrain(
 
     Prepares the corpus, trains, validates and saves as the settings say. Ctrl-C finishes the step at hand and saves;
     the same command goes on from the newest snapshot, as does `dsv3 pretrain --run FOLDER`.
+
+    On many ranks: torchrun --nproc-per-node N --no-python dsv3 pretrain ..., all of which see the same run folder.
     """
     wanted = run_settings(recipe, more_data=more_data, run=run, data=data, config_file=config, assignments=assignments)
     try:
@@ -52,6 +55,8 @@ def pretrain(
     except KeyboardInterrupt:
         typer.echo(f"stopped at once; {how_to_go_on(wanted.folder)}", err=True)
         raise
+    if not is_main_rank():
+        return
     if result.interrupted:
         typer.echo(f"stopped and saved after step {result.step:,}; {how_to_go_on(wanted.folder)}", err=True)
         raise typer.Exit(INTERRUPTED)
@@ -83,7 +88,7 @@ def train(wanted: RunSettings) -> "PretrainResult":
             progress.start(event.stage)
         progress.train(event)
 
-    with shown(progress, console=Console()):
+    with shown(progress, console=Console(quiet=not is_main_rank())):
         try:
             result = pretrain(wanted.config, folder=wanted.folder, on_event=follow, sampler=greedy_sampler(wanted))
         except BaseException:

@@ -4,6 +4,7 @@ from dsv3.config.balance import BalanceConfig
 from dsv3.config.data import DataConfig, SourceConfig
 from dsv3.config.engine import EngineConfig
 from dsv3.config.model import ModelConfig, YarnConfig
+from dsv3.config.parallel import ParallelConfig
 from dsv3.config.precision import PrecisionConfig
 from dsv3.config.run import EvaluationConfig, PretrainConfig, RuntimeConfig, SnapshotConfig
 from dsv3.config.server import ServerConfig
@@ -27,6 +28,7 @@ __all__ = [
     "ModelConfig",
     "MtpLossConfig",
     "OptimConfig",
+    "ParallelConfig",
     "PrecisionConfig",
     "PretrainConfig",
     "RecomputeConfig",

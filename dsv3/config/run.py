@@ -6,6 +6,7 @@ from dsv3.config.balance import BalanceConfig
 from dsv3.config.check import require_choice, require_not_negative, require_positive
 from dsv3.config.data import DataConfig
 from dsv3.config.model import ModelConfig
+from dsv3.config.parallel import ParallelConfig
 from dsv3.config.precision import PrecisionConfig
 from dsv3.config.training import BatchConfig, MtpLossConfig, OptimConfig, RecomputeConfig
 from dsv3.errors import ConfigError
@@ -78,6 +79,7 @@ class PretrainConfig:
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     mtp: MtpLossConfig = field(default_factory=MtpLossConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     snapshot: SnapshotConfig = field(default_factory=SnapshotConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Shaped
+from jaxtyping import Float, Int
 from torch import Tensor
+
+from dsv3.parallel.wire import AS_COMPUTED, Wire
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,21 +33,42 @@ def exchange_counts(sent: Sequence[int], *, group: dist.ProcessGroup) -> Splits:
 
 
 def exchange(
-    rows: Shaped[Tensor, "sent ..."], *, splits: Splits, group: dist.ProcessGroup
-) -> Shaped[Tensor, "received ..."]:
-    """Return the rows that all ranks have sent here, in order of rank; `rows` are ordered by the rank they go to."""
-    return _Exchange.apply(rows, splits, group)
+    rows: Float[Tensor, "sent column"],
+    *,
+    splits: Splits,
+    group: dist.ProcessGroup,
+    out: Wire = AS_COMPUTED,
+    back: Wire = AS_COMPUTED,
+) -> Float[Tensor, "received column"]:
+    """Return the rows that all ranks have sent here, in order of rank; `rows` are ordered by the rank they go to.
+
+    They travel in the form `out`, and their gradients travel back in the form `back`.
+    """
+    return _Exchange.apply(rows, splits, group, out, back)
+
+
+def exchange_numbers(
+    numbers: Int[Tensor, "sent column"], *, splits: Splits, group: dist.ProcessGroup
+) -> Int[Tensor, "received column"]:
+    """Do the same with whole numbers."""
+    return _all_to_all(numbers, splits=splits, group=group)
 
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, splits: Splits, group: dist.ProcessGroup) -> Tensor:
-        ctx.splits, ctx.group = splits, group
-        return _all_to_all(rows, splits=splits, group=group)
+    def forward(ctx: Any, rows: Tensor, splits: Splits, group: dist.ProcessGroup, out: Wire, back: Wire) -> Tensor:
+        ctx.splits, ctx.group, ctx.back = splits, group, back
+        return _travel(rows, splits=splits, group=group, wire=out)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return _all_to_all(gradients[0], splits=ctx.splits.reversed, group=ctx.group), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        returned = _travel(gradients[0], splits=ctx.splits.reversed, group=ctx.group, wire=ctx.back)
+        return returned, None, None, None, None
+
+
+def _travel(rows: Tensor, *, splits: Splits, group: dist.ProcessGroup, wire: Wire) -> Tensor:
+    received = _all_to_all(wire.encode(rows), splits=splits, group=group)
+    return wire.decode(received, columns=rows.shape[1], dtype=rows.dtype)
 
 
 def _all_to_all(rows: Tensor, *, splits: Splits, group: dist.ProcessGroup) -> Tensor:

@@ -15,14 +15,18 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from dsv3.config import ParallelConfig
 from dsv3.errors import ConfigError
 from dsv3.model.interfaces import TokenDispatch
 from dsv3.model.moe import Experts, LocalDispatch
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.dispatch import AllToAllDispatch, require_expert_ranks
+from dsv3.parallel.dispatch import AllToAllDispatch, Hop, require_expert_ranks
+from dsv3.parallel.wire import AS_COMPUTED, BF16, FP8
+from dsv3.runtime.rank import ranks_on_this_machine
 
-EXPERT_DATA, EXPERT = "expert_data", "expert"
-"""Axes of the mesh, the slow one first: neighbouring ranks share the experts of a layer among them."""
+EXPERT_DATA, EXPERT, NODE, IN_NODE = "expert_data", "expert", "node", "in_node"
+"""Axes of the mesh, the slow one first: neighbouring ranks share the experts of a layer among them. Over several nodes
+the expert axis falls into nodes, and ranks of one node."""
 
 
 class Alone:
@@ -55,6 +59,10 @@ class Alone:
         norms = torch._foreach_norm(list(gradients.values()))
         return torch.stack(norms).norm().item() if norms else 0.0
 
+    def take_wire_bytes(self) -> int:
+        """Return what dispatch and combine have sent from here, forward, since this was asked last."""
+        return 0
+
     def gather(self, value: Any) -> list[Any]:
         """Return what every rank has given."""
         return [value]
@@ -71,13 +79,13 @@ class Alone:
 class Ranks(Alone):
     """All ranks of torch's process group, laid out over the axes."""
 
-    def __init__(self, *, expert: int, num_experts: int, device: str = "cpu") -> None:
+    def __init__(self, config: ParallelConfig, *, num_experts: int) -> None:
         """Lay out the ranks; every one of them must do so.
 
         Raises:
-            ConfigError: they do not divide into groups of `expert`, or the experts do not divide over one.
+            ConfigError: they do not divide into groups of `config.expert`, or the experts do not divide over one.
         """
-        world = dist.get_world_size()
+        world, expert = dist.get_world_size(), config.expert
         require_expert_ranks(expert, num_experts=num_experts)
         if world % expert:
             fitting = [size for size in range(1, world + 1) if world % size == 0 and num_experts % size == 0]
@@ -86,14 +94,15 @@ class Ranks(Alone):
                 "parallel.expert, or another number of ranks"
             )
         self.rank, self.size = dist.get_rank(), world
-        mesh = init_device_mesh(device, (world // expert, expert), mesh_dim_names=(EXPERT_DATA, EXPERT))
+        mesh = init_device_mesh("cpu", (world // expert, expert), mesh_dim_names=(EXPERT_DATA, EXPERT))
         everyone = dist.group.WORLD
         assert everyone is not None
         self._everyone: dist.ProcessGroup = everyone
         self._expert, self._expert_data = mesh.get_group(EXPERT), mesh.get_group(EXPERT_DATA)
-        self._dispatch: TokenDispatch = (
-            LocalDispatch() if expert == 1 else AllToAllDispatch(group=self._expert, num_experts=num_experts)
-        )
+        self.hops = self._hops(config, num_experts=num_experts)
+        """Ways that tokens take to their experts, one after the other; none where all experts are here."""
+        self._dispatch: TokenDispatch = AllToAllDispatch(hops=self.hops) if self.hops else LocalDispatch()
+        self._wire_bytes = 0
         self._per_rank = num_experts // expert
         self._place = self._expert.rank()
 
@@ -140,6 +149,12 @@ class Ranks(Alone):
         dist.all_reduce(squares[1:], group=self._expert)
         return squares.sum().sqrt().item()
 
+    def take_wire_bytes(self) -> int:
+        """Return what dispatch and combine have sent from here, forward, since this was asked last."""
+        so_far = sum(hop.traffic.dispatch_bytes + hop.traffic.combine_bytes for hop in self.hops)
+        taken, self._wire_bytes = so_far - self._wire_bytes, so_far
+        return taken
+
     def gather(self, value: Any) -> list[Any]:
         """Return what every rank has given."""
         found: list[Any] = [None] * self.size
@@ -161,6 +176,28 @@ class Ranks(Alone):
     def own_experts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return tensors named as parameters with only the experts that belong here."""
         return {name: self._own(tensor) if is_expert(name) else tensor for name, tensor in tensors.items()}
+
+    def _hops(self, config: ParallelConfig, *, num_experts: int) -> tuple[Hop, ...]:
+        """Return one hop to the ranks that hold experts, or two: to their nodes, then within these."""
+        expert = config.expert
+        if expert == 1:
+            return ()
+        out, back = (FP8, BF16) if config.wire == "fp8" else (AS_COMPUTED, AS_COMPUTED)
+        per_node = config.ranks_per_node or ranks_on_this_machine()
+        own = num_experts // expert
+        if per_node >= expert or per_node == 1:
+            return (Hop(group=self._expert, experts_per_rank=own, out=out, back=back),)
+        if expert % per_node:
+            raise ConfigError(
+                f"parallel.expert = {expert} ranks share the experts and do not fill nodes of {per_node}; use a "
+                f"multiple of {per_node}, or set parallel.ranks_per_node"
+            )
+        shape = (self.size // expert, expert // per_node, per_node)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=(EXPERT_DATA, NODE, IN_NODE))
+        return (
+            Hop(group=mesh.get_group(NODE), experts_per_rank=own * per_node, out=out, back=back),
+            Hop(group=mesh.get_group(IN_NODE), experts_per_rank=own, out=out, back=back),
+        )
 
     def _own(self, tensor: Tensor) -> Tensor:
         return tensor[self._place * self._per_rank : (self._place + 1) * self._per_rank]

@@ -5,7 +5,7 @@ corpus -> newest snapshot -> steps, validations, snapshots -> export
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,15 +15,17 @@ from dsv3.checkpoint.snapshot import latest_snapshot
 from dsv3.config import PretrainConfig
 from dsv3.data.loader import RowLoader
 from dsv3.data.prepare import prepare_corpus
-from dsv3.data.prepared import PreparedCorpus
-from dsv3.errors import NonFiniteError, TrainingError
+from dsv3.data.prepared import PreparedCorpus, load_prepared
+from dsv3.errors import ConfigError, NonFiniteError, TrainingError
 from dsv3.model.transformer import Transformer
 from dsv3.native import choose_cpu_kernels
+from dsv3.parallel.launch import open_ranks
+from dsv3.parallel.ranks import Alone
 from dsv3.runtime.device import set_threads
-from dsv3.runtime.log import get_logger
+from dsv3.runtime.log import get_logger, say_once
 from dsv3.train.event import EventCallback, TrainEvent
-from dsv3.train.metrics import MetricsLog
-from dsv3.train.resume import new_state, restore_state, write_state
+from dsv3.train.metrics import MetricsLog, UnwrittenLog
+from dsv3.train.resume import new_state, restore_state, whole_model, write_state
 from dsv3.train.run_folder import open_run_folder
 from dsv3.train.schedule import batch_sequences, mtp_loss_weight, total_steps
 from dsv3.train.step import TrainState, train_step
@@ -78,35 +80,55 @@ def pretrain(
         NonFiniteError: a loss or gradient was NaN or infinite; nothing after the last good step was kept.
         TrainingError: the run folder cannot be written, or another process trains in it.
     """
-    notify = on_event or _ignore
-    with open_run_folder(folder, config=config):
-        set_threads(config.runtime.threads)
-        choose_cpu_kernels(config.runtime.cpu_kernels)
-        corpus = prepare_corpus(config, folder=folder / "corpus", progress=_corpus_progress(notify))
-        with _readable_errors(folder), _Run.open(config, folder=folder, corpus=corpus, notify=notify) as run:
-            run.sampler = sampler
-            with stop_on_signals() as stop:
-                taken = 0
-                while not run.finished and not stop.requested and taken != stop_after_steps:
-                    run.step()
-                    taken += 1
-                    if run.is_time_to(config.evaluation.every_steps):
-                        run.validate()
-                    if run.is_time_to(config.snapshot.every_steps):
-                        run.save()
-                if not run.is_saved:
+    with open_ranks(config.parallel, num_experts=config.model.n_routed_experts) as ranks:
+        _require_even_shares(config, ranks=ranks)
+        notify = (on_event if ranks.rank == 0 else None) or _ignore
+        with ExitStack() as held:
+            if ranks.rank == 0:
+                held.enter_context(open_run_folder(folder, config=config))
+                prepare_corpus(config, folder=folder / "corpus", progress=_corpus_progress(notify))
+            ranks.gather(None)  # The corpus is there from here on.
+            return _train(config, folder=folder, ranks=ranks, notify=notify, limit=stop_after_steps, sampler=sampler)
+
+
+def _train(
+    config: PretrainConfig,
+    *,
+    folder: Path,
+    ranks: Alone,
+    notify: EventCallback,
+    limit: int | None,
+    sampler: Sampler | None,
+) -> PretrainResult:
+    """Do what every rank does once the folder is held and the corpus is there."""
+    set_threads(config.runtime.threads)
+    choose_cpu_kernels(config.runtime.cpu_kernels)
+    corpus = load_prepared(folder / "corpus")
+    with _readable_errors(folder), _Run.open(config, folder=folder, corpus=corpus, ranks=ranks, notify=notify) as run:
+        run.sampler = sampler
+        with stop_on_signals() as stop:
+            taken, stopping = 0, False
+            while not run.finished and not stopping and taken != limit:
+                run.step()
+                taken += 1
+                if run.is_time_to(config.evaluation.every_steps):
+                    run.validate()
+                if run.is_time_to(config.snapshot.every_steps):
                     run.save()
-            export = run.export() if run.finished else None
-            return PretrainResult(
-                folder=folder,
-                step=run.state.step,
-                tokens=run.state.tokens,
-                finished=run.finished,
-                interrupted=stop.requested and not run.finished,
-                validation=run.validation,
-                snapshot=run.snapshot,
-                export=export,
-            )
+                stopping = sum(ranks.total([stop.requested])) > 0  # Signals do not reach all ranks in the same step.
+            if not run.is_saved:
+                run.save()
+        export = run.export() if run.finished else None
+        return PretrainResult(
+            folder=folder,
+            step=run.state.step,
+            tokens=run.state.tokens,
+            finished=run.finished,
+            interrupted=stopping and not run.finished,
+            validation=run.validation,
+            snapshot=run.snapshot,
+            export=export,
+        )
 
 
 @dataclass(kw_only=True)
@@ -130,11 +152,11 @@ class _Run:
     @classmethod
     @contextmanager
     def open(
-        cls, config: PretrainConfig, *, folder: Path, corpus: PreparedCorpus, notify: EventCallback
+        cls, config: PretrainConfig, *, folder: Path, corpus: PreparedCorpus, ranks: Alone, notify: EventCallback
     ) -> Iterator["_Run"]:
         """Begin, or take up the newest snapshot."""
-        newest = latest_snapshot(folder / "snapshots")
-        state = new_state(config)
+        newest = ranks.gather(latest_snapshot(folder / "snapshots") if ranks.rank == 0 else None)[0]
+        state = new_state(config, ranks=ranks)
         if newest is not None:
             restore_state(state, path=newest, corpus=corpus)
         length = config.batch.sequence_length
@@ -145,7 +167,7 @@ class _Run:
             get_logger(__name__).warning(
                 "no document was held out, so there is no validation; raise data.held_out_rate in a new run to have one"
             )
-        log = MetricsLog(folder, resumed_step=state.step)
+        log = MetricsLog(folder, resumed_step=state.step) if ranks.rank == 0 else UnwrittenLog()
         run = cls(
             config=config,
             folder=folder,
@@ -187,14 +209,18 @@ class _Run:
         self.tell("step", metrics=self.log.step(metrics, seconds=time.perf_counter() - started))
 
     def next_batches(self) -> list[TokenBatch]:
-        """Return the micro-batches of the next step. Rows are read in order, so the tokens seen say which are next."""
-        batch, state = self.config.batch, self.state
+        """Return this rank's micro-batches of the next step.
+
+        Rows are read in order, so the tokens seen say which are next.
+        """
+        batch, state, ranks = self.config.batch, self.state, self.state.ranks
+        at_once = batch.micro_batch_sequences * ranks.size
         start = state.tokens // batch.sequence_length
         end = start + batch_sequences(batch, tokens=state.tokens)
         device = state.model.lm_head.weight.device
         return [
-            self.loader.batch(first, count=min(batch.micro_batch_sequences, end - first)).to(device)
-            for first in range(start, end, batch.micro_batch_sequences)
+            self.loader.batch(first, count=min(at_once, end - first), rank=ranks.rank, world_size=ranks.size).to(device)
+            for first in range(start, end, at_once)
         ]
 
     def validate(self) -> None:
@@ -202,14 +228,17 @@ class _Run:
         state = self.state
         if self.held_out is not None:
             mtp = mtp_loss_weight(self.config.mtp, tokens=state.tokens) > 0
-            self.validation = validate(state.model, held_out=self.held_out, mtp=mtp)
+            through = state.ranks.dispatch
+            self.validation = validate(state.model, held_out=self.held_out, mtp=mtp, dispatch=through)
             averaged = None
             if state.average is not None:
                 with state.average.in_place_of(state.optimizer.parameters):
-                    averaged = validate(state.model, held_out=self.held_out, mtp=False)
+                    averaged = validate(state.model, held_out=self.held_out, mtp=False, dispatch=through)
             record = self.log.validation(self.validation, step=state.step, tokens=state.tokens, average=averaged)
             self.tell("validation", metrics=record)
-        if self.sampler is not None:
+        if self.sampler is not None and state.ranks.size > 1:
+            say_once("samples are made by runs of one rank only; dsv3 generate continues texts with a snapshot")
+        elif self.sampler is not None:
             state.model.eval()
             for prompt in self.config.evaluation.sample_prompts:
                 text = self.sampler(state.model, prompt)
@@ -225,13 +254,15 @@ class _Run:
     def export(self) -> Path:
         """Write the finished model in the published format, unless an earlier call has."""
         folder = self.folder / "export"
-        if not (folder / "config.json").exists():
+        model = whole_model(self.state)
+        if model is not None and not (folder / "config.json").exists():
             save_published(
-                self.state.model,
+                model,
                 folder=folder,
                 tokenizer_folder=self.corpus.tokenizer_folder,
-                dtype=self.state.model.lm_head.weight.dtype,
+                dtype=model.lm_head.weight.dtype,
             )
+        self.state.ranks.gather(None)  # It is there for all of them.
         self.tell("export", metrics={"path": str(folder)})
         return folder
 
@@ -240,6 +271,22 @@ class _Run:
         stage = "export" if kind == "export" else "train"
         self.notify(
             TrainEvent(stage=stage, kind=kind, step=self.state.step, total_steps=self.total_steps, metrics=metrics)
+        )
+
+
+def _require_even_shares(config: PretrainConfig, *, ranks: Alone) -> None:
+    """Refuse batches whose rows do not divide over the ranks: all of them must do the same steps together."""
+    grows = config.batch.start_sequences != config.batch.final_sequences
+    wrong = [
+        f"batch.{name} = {number}"
+        for name in ("start_sequences", "final_sequences", *(["multiple_of"] if grows else []))
+        if (number := getattr(config.batch, name)) % ranks.size
+    ]
+    if wrong:
+        nearest = -(-config.batch.multiple_of // ranks.size) * ranks.size
+        raise ConfigError(
+            f"the rows of a step do not divide over {ranks.size} ranks: {', '.join(wrong)}; use multiples of "
+            f"{ranks.size}, as in batch.multiple_of={nearest}, or another number of ranks"
         )
 
 

@@ -52,6 +52,7 @@ class MetricsLog:
             "batch_sequences": metrics.batch_sequences,
             "bias_update_speed": metrics.bias_update_speed,
             "max_violation": metrics.max_violation,
+            "wire_bytes": metrics.wire_bytes,
             "seconds": seconds,
             "tokens_per_second": metrics.batch_tokens / seconds,
         }
@@ -112,6 +113,29 @@ class MetricsLog:
             elif value is not None and name not in ("kind", "step"):
                 values[f"{group}/{name}"] = value
         self._board.add_scalars({tag: float(value) for tag, value in values.items()}, step=step)
+
+
+class UnwrittenLog(MetricsLog):
+    """The log of a rank that leaves writing to the first: it makes the same records and keeps none."""
+
+    def __init__(self) -> None:
+        """Open nothing."""
+
+    def sample(self, *, step: int, prompt: str, text: str) -> dict[str, Any]:
+        """Return the record."""
+        return {"kind": "sample", "step": step, "prompt": prompt, "text": text}
+
+    def force_to_disk(self) -> None:
+        """Nothing is on its way there."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _write(self, record: dict[str, Any]) -> None:
+        pass
+
+    def _draw(self, group: str, record: dict[str, Any], *, step: int) -> None:
+        pass
 
 
 def forget_after(file: Path, *, step: int) -> None:

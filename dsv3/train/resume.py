@@ -56,24 +56,28 @@ def write_state(state: TrainState, *, folder: Path, corpus: PreparedCorpus) -> P
     """Write everything the next step depends on as a snapshot below `folder`, and return its path.
 
     Weights are stored as their FP32 masters. There are no random numbers to keep: initial weights, the order of rows
-    and FIM follow from the seed and from counts.
+    and FIM follow from the seed and from counts. Of several ranks the first writes, with the experts of all, so that a
+    snapshot does not know how many there were; the others come back when it has.
     """
     first, second = state.optimizer.moments()
-    tensors = {
-        "model": {**state.optimizer.master, **_buffers(state.model)},
-        "first_moment": first,
-        "second_moment": second,
-    }
+    tensors = {"model": state.optimizer.master, "first_moment": first, "second_moment": second}
     counts = {"tokens": state.tokens, "optimizer_steps": state.optimizer.steps, "corpus": fingerprint(corpus)}
     if state.average is not None:
         tensors["average"] = state.average.average
         counts["average_updates"] = state.average.updates
-    return save_snapshot(folder, step=state.step, tensors=tensors, state=counts, policy=state.config.snapshot)
+    whole = {group: state.ranks.whole_experts(named) for group, named in tensors.items()}
+    whole["model"] |= _buffers(state.model)
+    path = None
+    if state.ranks.rank == 0:
+        path = save_snapshot(folder, step=state.step, tensors=whole, state=counts, policy=state.config.snapshot)
+    return state.ranks.gather(path)[0]
 
 
 @torch.no_grad()
 def restore_state(state: TrainState, *, path: Path, corpus: PreparedCorpus) -> None:
     """Put a snapshot into a new state, so that the next step is bit for bit the one that would have followed.
+
+    On another number of ranks than it was written on, the order of sums is another.
 
     Raises:
         SnapshotError: it is damaged, is of another model, or belongs to a run on another corpus.
@@ -92,16 +96,17 @@ def restore_state(state: TrainState, *, path: Path, corpus: PreparedCorpus) -> N
         _require_names(path, group=group, found=tensors.get(group, {}), wanted=names)
 
     state.step, state.tokens = counts["step"], counts["tokens"]
+    own = {group: state.ranks.own_experts(tensors[group]) for group in wanted}
     state.optimizer.load(
         steps=counts["optimizer_steps"],
-        master=tensors["model"],
-        first_moment=tensors["first_moment"],
-        second_moment=tensors["second_moment"],
+        master=own["model"],
+        first_moment=own["first_moment"],
+        second_moment=own["second_moment"],
     )
     for name, buffer in _buffers(state.model).items():
         buffer.copy_(tensors["model"][name])
     if state.average is not None:
-        state.average.load(tensors["average"], updates=counts["average_updates"])
+        state.average.load(own["average"], updates=counts["average_updates"])
 
 
 def fingerprint(corpus: PreparedCorpus) -> str:
@@ -122,3 +127,17 @@ def _require_names(path: Path, *, group: str, found: dict[str, Tensor], wanted: 
     if missing or unknown:
         lacks = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which the model has not"
         raise SnapshotError(f"{path / group}.safetensors is of another model: it {lacks}")
+
+
+def whole_model(state: TrainState) -> Transformer | None:
+    """Return the model with the experts of all ranks, on the first of them; every rank must ask."""
+    if state.ranks.size == 1:
+        return state.model
+    tensors = {name: tensor.detach() for name, tensor in state.model.state_dict().items()}
+    whole = state.ranks.whole_experts(tensors)
+    if state.ranks.rank != 0:
+        return None
+    with torch.device("meta"):
+        model = Transformer(state.config.model)
+    model.load_state_dict(whole, assign=True)
+    return model

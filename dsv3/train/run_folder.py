@@ -14,7 +14,7 @@ from dsv3.runtime.log import get_logger
 
 FREE_TO_CHANGE = ("recipe", "runtime.threads", "batch.micro_batch_sequences")
 """Settings a resumed run may change: they change the rounding of sums at most. All others decide what is learned."""
-FREE_GROUPS = ("snapshot.", "evaluation.")
+FREE_GROUPS = ("snapshot.", "evaluation.", "parallel.")
 
 
 @contextmanager

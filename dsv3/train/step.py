@@ -67,6 +67,8 @@ class StepMetrics:
     batch_sequences: int
     batch_tokens: int
     bias_update_speed: float
+    wire_bytes: int
+    """Sent between ranks by dispatch and combine, forward, all ranks and hops together."""
     load: tuple[Int[Tensor, " expert"], ...]
     """Tokens sent to each expert, for every MoE layer, MTP modules last; on the CPU."""
 
@@ -123,9 +125,10 @@ def train_step(state: TrainState, *, batches: Sequence[TokenBatch]) -> StepMetri
     update_router_biases(routers, loads=passes.load, speed=speed)
     if state.average is not None:
         state.average.update(state.optimizer.master)
-    [tokens, loss, balance, *mtp] = state.ranks.total(
+    [tokens, wire_bytes, loss, balance, *mtp] = state.ranks.total(
         [
             sum(batch.num_tokens for batch in batches),
+            state.ranks.take_wire_bytes(),
             sum(part.next_token.item() for part in passes.parts),
             sum(part.balance.item() for part in passes.parts),
             *(sum(values) for values in zip(*_mtp_values(passes), strict=True)),
@@ -144,6 +147,7 @@ def train_step(state: TrainState, *, batches: Sequence[TokenBatch]) -> StepMetri
         learning_rate=rate,
         batch_sequences=whole.num_sequences,
         batch_tokens=int(tokens),
+        wire_bytes=int(wire_bytes),
         bias_update_speed=speed,
         load=tuple(load.cpu() for load in passes.load),
     )

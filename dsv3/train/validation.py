@@ -16,6 +16,7 @@ from dsv3.batch import TokenBatch
 from dsv3.data.prepared import PreparedCorpus
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.data.windows import Window, batched, cut_windows, encode_up_to
+from dsv3.model.interfaces import TokenDispatch
 from dsv3.model.transformer import Transformer
 from dsv3.ops.cross_entropy import token_nll
 from dsv3.train.balance import max_violation
@@ -113,8 +114,13 @@ def _batch(windows: Sequence[Window], *, source_of: Sequence[int]) -> HeldOutBat
 
 
 @torch.no_grad()
-def validate(model: Transformer, *, held_out: HeldOut, mtp: bool) -> ValidationResult:
-    """Score the held-out text; with `mtp`, the MTP modules as well. The model is left in the mode it was in."""
+def validate(
+    model: Transformer, *, held_out: HeldOut, mtp: bool, dispatch: TokenDispatch | None = None
+) -> ValidationResult:
+    """Score the held-out text; with `mtp`, the MTP modules as well. The model is left in the mode it was in.
+
+    Ranks that share experts through `dispatch` all score the same text.
+    """
     device = model.lm_head.weight.device
     was_training = model.training
     model.eval()
@@ -123,7 +129,7 @@ def validate(model: Transformer, *, held_out: HeldOut, mtp: bool) -> ValidationR
     mtp_tokens = [0] * len(mtp_nats)
     load: list[Tensor] = []
     for piece in held_out.batches:
-        output = model(piece.batch.to(device), mtp=mtp)
+        output = model(piece.batch.to(device), mtp=mtp, dispatch=dispatch)
         assert piece.batch.targets is not None
         nll = token_nll(output.hidden, weight=model.lm_head.weight, targets=piece.batch.targets.to(device))
         nats.index_add_(0, piece.source, nll.double().cpu())

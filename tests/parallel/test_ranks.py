@@ -14,6 +14,7 @@ from dsv3.config import (
     ModelConfig,
     MtpLossConfig,
     OptimConfig,
+    ParallelConfig,
     PrecisionConfig,
     PretrainConfig,
 )
@@ -23,9 +24,20 @@ from dsv3.train.resume import new_state
 from dsv3.train.step import train_step
 
 STEPS, ROWS, LENGTH = 20, 8, 16
-LAYOUTS = [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
-"""Ranks, and of them those that share the experts."""
-NAMES = [f"{size} ranks, experts over {expert}" for size, expert in LAYOUTS]
+LAYOUTS = [
+    pytest.param(
+        *layout, id=f"{layout[0]} ranks, experts over {layout[1]}, nodes of {layout[2] or layout[0]}", marks=marks
+    )
+    for layout, marks in (
+        ((2, 1, 0), pytest.mark.slow),
+        ((2, 2, 0), ()),
+        ((4, 1, 0), pytest.mark.slow),
+        ((4, 2, 0), pytest.mark.slow),
+        ((4, 4, 0), pytest.mark.slow),
+        ((4, 4, 2), ()),
+    )
+]
+"""Ranks, of them those that share the experts, and those of a node where there are several."""
 
 
 def config_of(*, balance="bias", recipe="original", micro=2):
@@ -73,10 +85,14 @@ def share(rows, *, ranks, micro):
     return [TokenBatch.from_rows(part) for part in mine.split(max(1, micro // ranks.size))]
 
 
-def train(*, expert=1, **settings):
+def train(*, expert=1, wire="compute", ranks_per_node=0, **settings):
     """Train on as many ranks as there are processes; return each step's numbers and what the weights have become."""
     config = config_of(**settings)
-    ranks = Ranks(expert=expert, num_experts=8) if dist.is_initialized() else Alone()
+    ranks = (
+        Ranks(ParallelConfig(expert=expert, wire=wire, ranks_per_node=ranks_per_node), num_experts=8)
+        if dist.is_initialized()
+        else Alone()
+    )
     state = new_state(config, ranks=ranks)
     numbers = []
     for step in range(STEPS):
@@ -91,11 +107,11 @@ def train(*, expert=1, **settings):
     return torch.tensor(numbers, dtype=torch.float64), loads, weights, biases
 
 
-@pytest.mark.parametrize(("size", "expert"), LAYOUTS, ids=NAMES)
-def test_twenty_steps_are_those_of_one_rank(on_ranks, size, expert):
+@pytest.mark.parametrize(("size", "expert", "node"), LAYOUTS)
+def test_twenty_steps_are_those_of_one_rank(on_ranks, size, expert, node):
     """Losses, MTP, the clipped norm, biases by global counts, and all weights."""
     numbers, loads, weights, biases = train()
-    for found in on_ranks(train, size=size, expert=expert):
+    for found in on_ranks(train, size=size, expert=expert, ranks_per_node=node):
         assert (found[0] - numbers).abs().max() < 1e-5 * numbers.abs().max().clamp(max=10)
         assert (found[0][:, 0] - numbers[:, 0]).abs().max() < 1e-6
         assert torch.equal(found[1], loads)
@@ -113,6 +129,7 @@ def test_every_way_of_balancing_counts_all_ranks(on_ranks, settings):
         assert (found - numbers).abs().max() < 1e-5 * numbers.abs().max().clamp(max=10)
 
 
+@pytest.mark.slow
 def test_fp8_begins_alike_and_stays_close(on_ranks):
     """Not bit for bit: the tiles of Wgrad are 128 tokens long, and which tokens are neighbours depends on the ranks."""
     numbers, *_ = train(recipe="fp8_v3")
@@ -121,10 +138,18 @@ def test_fp8_begins_alike_and_stays_close(on_ranks):
     assert (found[:, 0] - numbers[:, 0]).abs().max() < 0.03
 
 
+@pytest.mark.slow
+def test_tokens_in_fp8_on_the_wire_change_nothing_where_experts_compute_in_fp8(on_ranks):
+    """The experts round what comes by the same rule, which finds it rounded. BF16 on the way back does round."""
+    plain, wired = (on_ranks(train, size=2, expert=2, recipe="fp8_v3", wire=wire)[0][0] for wire in ("compute", "fp8"))
+    assert (wired[:, 0] - plain[:, 0]).abs().max() < 0.02
+    assert not torch.equal(wired, plain)
+
+
 def break_one_rank(*, what):
     """Train with a fault on the last rank alone; return what every rank is told."""
     config = config_of()
-    ranks = Ranks(expert=2, num_experts=8)
+    ranks = Ranks(ParallelConfig(expert=2), num_experts=8)
     state = new_state(config, ranks=ranks)
     before = {name: weight.clone() for name, weight in state.optimizer.master.items()}
     batches = share(rows_of(0), ranks=ranks, micro=2)
@@ -155,7 +180,7 @@ def test_what_breaks_on_one_rank_stops_all_with_the_same_words(on_ranks, what, m
 
 def refuse(*, expert, num_experts):
     try:
-        Ranks(expert=expert, num_experts=num_experts)
+        Ranks(ParallelConfig(expert=expert), num_experts=num_experts)
     except ConfigError as error:
         return str(error)
     return ""

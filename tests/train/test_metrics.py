@@ -23,6 +23,7 @@ def metrics_of(step: int, *, loss: float = 3.5) -> StepMetrics:
         batch_sequences=2,
         batch_tokens=64,
         bias_update_speed=0.001,
+        wire_bytes=0,
         load=(torch.tensor([6, 2]), torch.tensor([4, 4])),
     )
 

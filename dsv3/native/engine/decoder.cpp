@@ -179,6 +179,8 @@ Vector sums_of(Vector* v) {
   return v[0];
 }
 
+constexpr int64_t KEYS_NEAR = 16;  // keys that all heads meet before the next ones: they stay in the first-level cache
+
 // Scores of HEADS heads with KEYS keys: out[head * KEYS + key]. Beyond the true width queries are zero.
 Vector scores_of(const float* query, int64_t query_row, const float* keys, int64_t key_row, int64_t width) {
   Vector totals[HEADS * KEYS] = {};
@@ -212,12 +214,13 @@ struct Attention {
     for (int64_t first = 0; first < past; first += page_tokens) {
       const float* page = layer + pages[first / page_tokens] * page_tokens * width;
       const int64_t count = std::min(page_tokens, past - first);
-      for (int64_t h = 0; h < padded; h += HEADS)
-        for (int64_t key = 0; key < count; key += KEYS) {
-          const Vector tile = scores_of(query + h * query_row, query_row, page + key * key_row, key_row, round_up(width, WIDTH));
-          for (int64_t i = 0; i < HEADS; ++i)
-            std::memcpy(&scores[(h + i) * room + key], reinterpret_cast<const float*>(&tile) + i * KEYS, KEYS * sizeof(float));
-        }
+      for (int64_t near = 0; near < count; near += KEYS_NEAR)
+        for (int64_t h = 0; h < padded; h += HEADS)
+          for (int64_t key = near; key < std::min(near + KEYS_NEAR, count); key += KEYS) {
+            const Vector tile = scores_of(query + h * query_row, query_row, page + key * key_row, key_row, round_up(width, WIDTH));
+            for (int64_t i = 0; i < HEADS; ++i)
+              std::memcpy(&scores[(h + i) * room + key], reinterpret_cast<const float*>(&tile) + i * KEYS, KEYS * sizeof(float));
+          }
       for (int64_t h = 0; h < heads; ++h) weigh(&scores[h * room], count, h, output + h * output_row);
       row_of_tiles_in_strips(heads, room, page, key_row, count, output, output_row);
     }
@@ -253,9 +256,13 @@ struct Attention {
 
   void row_of_tiles_in_strips(int64_t heads, int64_t room, const float* page, int64_t key_row, int64_t count,
                               float* output, int64_t output_row) {
-    for (int64_t h = 0; h < heads; h += TILE_ROWS)
-      row_of_tiles<TILE_ROWS, true>(std::min<int64_t>(TILE_ROWS, heads - h), &scores[h * room], room, 1, page, key_row,
-                                    output + h * output_row, output_row, round_up(latent, PANEL), count);
+    // All heads meet a strip of the page's columns before the next one, which so comes from the first-level cache.
+    constexpr int64_t STRIP = TILE_VECTORS * WIDTH;
+    for (int64_t column = 0; column < round_up(latent, PANEL); column += STRIP)
+      for (int64_t h = 0; h < heads; h += TILE_ROWS)
+        row_of_tiles<TILE_ROWS, true>(std::min<int64_t>(TILE_ROWS, heads - h), &scores[h * room], room, 1, page + column, key_row,
+                                      output + h * output_row + column, output_row,
+                                      std::min(STRIP, round_up(latent, PANEL) - column), count);
   }
 };
 

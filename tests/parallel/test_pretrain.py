@@ -1,0 +1,156 @@
+"""Whole runs on many ranks, started by torchrun: the same losses, the same files, and a life after a kill."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+from safetensors.torch import load_file
+
+from dsv3.config import ParallelConfig, SnapshotConfig
+from dsv3.config.files import write_config
+from dsv3.errors import ConfigError
+from dsv3.infer.loaded import load
+from dsv3.train.loop import pretrain
+
+TRAIN = """
+import sys
+from pathlib import Path
+from dsv3.config.files import read_config
+from dsv3.train.loop import pretrain
+
+limit = int(sys.argv[3]) if len(sys.argv) > 3 else None
+pretrain(read_config(Path(sys.argv[1])), folder=Path(sys.argv[2]), stop_after_steps=limit)
+"""
+
+
+@pytest.fixture
+def torchrun(tmp_path):
+    """Start a run on so many ranks."""
+    started = []
+
+    def start(config, *, folder, size, restarts=0, steps=None):
+        write_config(config, path=tmp_path / "wanted.json")
+        (tmp_path / "train.py").write_text(TRAIN)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+        command += [f"--max-restarts={restarts}", "--monitor-interval=0.1"]
+        command += [str(tmp_path / "train.py"), str(tmp_path / "wanted.json"), str(folder)]
+        command += [] if steps is None else [str(steps)]
+        log = (tmp_path / f"log-{len(started)}").open("w+")
+        started.append((subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True), log))
+        return started[-1]
+
+    yield start
+    for process, log in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        log.close()
+
+
+def ended_well(started, *, seconds=180):
+    process, log = started
+    status = process.wait(seconds)
+    log.seek(0)
+    assert status == 0, log.read()[-40000:]
+
+
+def records(folder, kind):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def losses(folder):
+    return [record["loss"] for record in records(folder, "step")]
+
+
+@pytest.fixture
+def run_config(small_run):
+    """Its batch of four rows, on one rank or on several; moments in FP32, so that nothing is rounded away."""
+    return replace(small_run, optim=replace(small_run.optim, bf16_moments=False))
+
+
+@pytest.mark.parametrize(
+    ("size", "expert"),
+    [(2, 2), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(4, 2, marks=pytest.mark.slow)],
+)
+def test_a_run_on_many_ranks_is_the_run_on_one(run_config, tmp_path, torchrun, size, expert):
+    pretrain(run_config, folder=tmp_path / "one")
+    started = torchrun(replace(run_config, parallel=ParallelConfig(expert=expert)), folder=tmp_path / "many", size=size)
+    ended_well(started)
+    assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), abs=2e-6)
+    one, many = (records(tmp_path / name, "validation")[-1]["bits_per_byte"] for name in ("one", "many"))
+    assert many == pytest.approx(one, abs=1e-5)
+    snapshots = [sorted(path.name for path in (tmp_path / name / "snapshots").iterdir()) for name in ("one", "many")]
+    assert snapshots[0] == snapshots[1]
+    for name, tensor in load_file(tmp_path / "one" / "snapshots" / snapshots[0][-1] / "model.safetensors").items():
+        other = load_file(tmp_path / "many" / "snapshots" / snapshots[0][-1] / "model.safetensors")[name]
+        assert (other - tensor).abs().max() < 1e-4, name
+    answers = [load(tmp_path / name).generate("the sea", max_tokens=8, temperature=0.0) for name in ("one", "many")]
+    assert answers[0] == answers[1]
+
+
+def test_a_snapshot_does_not_know_how_many_ranks_there_were(run_config, tmp_path, torchrun):
+    """Four steps on two ranks that share the experts, four on one rank, four on four."""
+    pretrain(run_config, folder=tmp_path / "whole")
+    folder = tmp_path / "run"
+    shared = replace(run_config, parallel=ParallelConfig(expert=2))
+    ended_well(torchrun(shared, folder=folder, size=2, steps=4))
+    pretrain(run_config, folder=folder, stop_after_steps=4)
+    ended_well(torchrun(replace(run_config, parallel=ParallelConfig(expert=4)), folder=folder, size=4))
+    assert len(losses(folder)) == 12
+    assert losses(folder) == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_a_rank_that_is_killed_costs_the_steps_since_the_last_snapshot_and_nothing_else(
+    run_config, tmp_path, torchrun, seed
+):
+    config = replace(
+        run_config,
+        parallel=ParallelConfig(expert=2),
+        total_tokens=40 * 128,
+        snapshot=SnapshotConfig(every_steps=5),
+        evaluation=replace(run_config.evaluation, every_steps=1000),
+    )
+    kill_once(config, tmp_path=tmp_path, torchrun=torchrun, chance=random.Random(seed))
+
+
+def kill_once(config, *, tmp_path, torchrun, chance):
+    """Kill one of four ranks somewhere, and hold what comes of it to a run that nobody touched."""
+    ended_well(torchrun(config, folder=tmp_path / "untouched", size=4))
+    started = torchrun(config, folder=tmp_path / "killed", size=4, restarts=2)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    wait_for = chance.randint(1, 30)
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count('"kind": "step"') >= wait_for):
+        assert time.monotonic() < deadline
+        assert started[0].poll() is None
+        time.sleep(0.01)
+    victims = subprocess.run(
+        ["pgrep", "-f", f"train.py {tmp_path / 'wanted.json'} {tmp_path / 'killed'}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    ranks = [int(pid) for pid in victims.stdout.split() if int(pid) != started[0].pid]
+    os.kill(chance.choice(ranks), signal.SIGKILL)
+    ended_well(started)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "untouched")  # bit for bit: the same layout
+    assert records(tmp_path / "killed", "resume") or wait_for < 5
+
+
+def test_what_does_not_divide_is_refused_before_anything_is_made(run_config, tmp_path, torchrun):
+    with pytest.raises(ConfigError, match="torchrun --nproc-per-node 2"):
+        pretrain(replace(run_config, parallel=ParallelConfig(expert=2)), folder=tmp_path / "run")
+    process, log = torchrun(run_config, folder=tmp_path / "run", size=3)
+    assert process.wait(60) != 0
+    log.seek(0)
+    assert "the rows of a step do not divide over 3 ranks: batch.start_sequences = 4" in log.read()
+    assert not (tmp_path / "run").exists()
