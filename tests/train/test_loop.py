@@ -140,8 +140,8 @@ def test_a_loss_that_is_not_finite_names_step_documents_and_snapshot(
     pretrain(without_extras, folder=tmp_path, stop_after_steps=4)
     original = loop_file.new_state
 
-    def spoiled(config: PretrainConfig) -> loop_file.TrainState:
-        state = original(config)
+    def spoiled(config: PretrainConfig, **given: object) -> loop_file.TrainState:
+        state = original(config, **given)
         steps = []
 
         def spoil(*arguments: object) -> None:
