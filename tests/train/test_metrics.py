@@ -65,6 +65,7 @@ def test_every_kind_of_record_has_its_fields(tmp_path: Path):
         "batch_sequences": 2,
         "bias_update_speed": 0.001,
         "max_violation": [0.5, 0.0],
+        "wire_bytes": 0,
         "seconds": 0.5,
         "tokens_per_second": 128.0,
     }
