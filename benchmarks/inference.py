@@ -99,7 +99,7 @@ def transformers(*modes: str) -> tuple[Contender, ...]:
     return tuple(Contender("transformers", mode) for mode in modes)
 
 
-# The targets are those of issue-sized steps over the fastest peer, measured once on another machine.
+# The targets in tokens a second that were set on another machine, over what the fastest peer did there.
 GROUPS = (
     Group(
         ours="int8",

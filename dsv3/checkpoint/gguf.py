@@ -14,7 +14,7 @@ from torch import Tensor
 from dsv3.checkpoint.gguf_layout import GgufTensor, gguf_layout, require_expressible, uses_groups
 from dsv3.checkpoint.names import PublishedTensor
 from dsv3.checkpoint.published import published_value
-from dsv3.checkpoint.reader import PublishedReader
+from dsv3.checkpoint.reader import open_published
 from dsv3.checkpoint.writer import explain_failure, require_space
 from dsv3.config import ModelConfig
 from dsv3.data.tokenizer import SPLIT_RULES, Tokenizer
@@ -76,9 +76,7 @@ def convert_gguf(source: Path, *, file: Path, kind: str, overwrite: bool = False
     Raises:
         CheckpointError, ConfigError, TokenizerError: as `save_gguf`; or `source` cannot be read.
     """
-    reader = PublishedReader(source)
-    for note in reader.notes:
-        get_logger(__name__).warning("%s: %s", source, note)
+    reader = open_published(source)
     tokenizer = Tokenizer.from_file(source) if (source / "tokenizer.json").is_file() else None
     _write_file(file, config=reader.config, read=reader.read, kind=kind, tokenizer=tokenizer, overwrite=overwrite)
 

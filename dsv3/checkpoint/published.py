@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dsv3.checkpoint.names import BLOCK, PublishedTensor, scale_name
-from dsv3.checkpoint.reader import PublishedReader, is_published_folder
+from dsv3.checkpoint.reader import PublishedReader, is_published_folder, open_published
 from dsv3.checkpoint.writer import FP8, quantise_finite, write_published
 from dsv3.config import ModelConfig
 from dsv3.config.files import read_json
@@ -42,9 +42,7 @@ def load_published(folder: Path, *, dtype: torch.dtype, device: torch.device | s
             that is to be rounded to FP8 has NaN or infinity in it.
         ConfigError: config.json asks for what is not implemented.
     """
-    reader = PublishedReader(Path(folder))
-    for note in reader.notes:
-        get_logger(__name__).warning("%s: %s", folder, note)
+    reader = open_published(Path(folder))
     for tensor in reader.layout:
         if tensor.is_copy:
             _compare_copy(reader, tensor=tensor)
@@ -148,9 +146,7 @@ def convert_published(
     """
     if folder.resolve() == source.resolve():
         raise CheckpointError(f"{source} cannot be converted onto itself; give another folder")
-    reader = PublishedReader(source)
-    for note in reader.notes:
-        get_logger(__name__).warning("%s: %s", source, note)
+    reader = open_published(source)
     main = {tensor.source: tensor for tensor in reader.layout if not tensor.is_copy}
     generation = source / "generation_config.json"
     write_published(

@@ -19,6 +19,7 @@ from dsv3.config.files import read_json
 from dsv3.config.published import Fp8Blocks, model_config_from_published, quantisation_from_published
 from dsv3.errors import CheckpointError, ConfigError
 from dsv3.fp8.quantise import Quantised, dequantise
+from dsv3.runtime.log import get_logger
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -136,6 +137,18 @@ class PublishedReader:
 
     def _type_of(self, name: str) -> str:
         return self._handles[name].get_slice(name).get_dtype()
+
+
+def open_published(folder: Path) -> PublishedReader:
+    """Open a published folder, and log what was assumed or passed over.
+
+    Raises:
+        CheckpointError, ConfigError: as `PublishedReader`.
+    """
+    reader = PublishedReader(folder)
+    for note in reader.notes:
+        get_logger(__name__).warning("%s: %s", folder, note)
+    return reader
 
 
 def is_published_folder(folder: Path) -> bool:

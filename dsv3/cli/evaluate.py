@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dsv3.cli.columns import aligned
 from dsv3.cli.generate import Weights
 from dsv3.errors import ConfigError, DataError
 
@@ -130,13 +131,7 @@ def table(found: "Evaluation") -> str:
         + [f"{score.by_source[name]:.3f}" if name in score.by_source else "-" for name in header[2:]]
         for score in scores
     ]
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in [header, *rows]
-    ]
+    lines = aligned([header, *rows])
     if found.max_violation:
         mean = sum(found.max_violation) / len(found.max_violation)
         lines.append(f"\nMaxVio over this text: {mean:.3f} (mean of {len(found.max_violation)} layers; 0 is even)")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dsv3.cli.columns import aligned
 from dsv3.errors import ConfigError
 from dsv3.plan.schedules import SCHEDULES
 from dsv3.plan.simulate import ChunkCosts, Timeline, simulate
@@ -108,8 +109,4 @@ def _table(rows: dict[str, dict[str, float]]) -> str:
         )
         for name, row in rows.items()
     ]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(HEADER))]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in cells
-    )
+    return "\n".join(aligned(cells))

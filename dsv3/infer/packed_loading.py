@@ -6,12 +6,9 @@ import torch
 from torch import Tensor
 
 from dsv3.checkpoint.names import PublishedTensor
-from dsv3.checkpoint.reader import PublishedReader
+from dsv3.checkpoint.reader import PublishedReader, open_published
 from dsv3.fp8.quantise import Quantised
 from dsv3.infer.packed_model import PackedModel, pack_model
-from dsv3.runtime.log import get_logger
-
-log = get_logger(__name__)
 
 
 def load_packed(folder: Path, *, weights: str) -> PackedModel:
@@ -23,9 +20,7 @@ def load_packed(folder: Path, *, weights: str) -> PackedModel:
         CheckpointError: a file is missing or damaged, or the tensors do not fit config.json.
         ConfigError: there is no such format.
     """
-    reader = PublishedReader(folder)
-    for note in reader.notes:
-        log.warning("%s: %s", folder, note)
+    reader = open_published(folder)
 
     def read(tensor: PublishedTensor) -> Tensor | Quantised:
         # FP8 blocks stay as they are: packing wants them so, or dequantises them itself.

@@ -1,6 +1,6 @@
 """What a pipeline schedule is: for each rank, the order of its forward and backward chunks (report 3.2.1).
 
-A schedule is plain data. `schedules.py` makes them, `simulate.py` runs them on paper, `parallel/` runs them for good.
+A schedule is plain data. `schedules.py` makes them, `simulate.py` runs them on paper. Nothing runs them for good yet.
 """
 
 from collections import Counter
@@ -89,7 +89,7 @@ class Schedule:
         return self.routes[self.direction(action.micro_batch)][action.stage]
 
     def needs(self, action: Action) -> tuple[Action, ...]:
-        """Return what must have ended before `action` can begin: one of the alternatives that are there."""
+        """Return what must have ended before `action` can begin, all of it."""
         stage, micro_batch = action.stage, action.micro_batch
         if action.kind is Kind.FORWARD:
             return (Action(Kind.FORWARD, stage - 1, micro_batch),) if stage else ()

@@ -7,7 +7,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from dsv3.errors import Dsv3Error
+from dsv3.errors import Dsv3Error, EngineError
 from dsv3.runtime.log import get_logger
 
 log = get_logger(__name__)
@@ -45,6 +45,10 @@ def answer_errors(app: FastAPI) -> None:
     async def of_ours(_: Request, error: ApiError) -> JSONResponse:
         headers = {"Retry-After": str(error.retry_after)} if error.retry_after else None
         return JSONResponse(error.body(), status_code=error.status, headers=headers)
+
+    @app.exception_handler(EngineError)
+    async def of_the_engine(_: Request, error: EngineError) -> JSONResponse:
+        return JSONResponse(error_body(503, str(error)), status_code=503)
 
     @app.exception_handler(Dsv3Error)
     async def of_the_user(_: Request, error: Dsv3Error) -> JSONResponse:

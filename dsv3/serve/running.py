@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from dsv3.config import ServerConfig
 from dsv3.data.tokenizer import Tokenizer
-from dsv3.errors import EngineError
 from dsv3.infer.request import FinishReason, TokenEvent
 from dsv3.serve.answers import Choice, Delta
 from dsv3.serve.asking import Question
@@ -64,13 +63,10 @@ class Answers:
         """Hand all of it to the engine.
 
         Raises:
-            ApiError: the engine has ended.
+            EngineError: the engine has ended.
         """
         for choice, ask in zip(self.choices, self._asks, strict=True):
-            try:
-                inbox = await self._engine.ask(ask)
-            except EngineError as error:
-                raise ApiError(503, str(error)) from error
+            inbox = await self._engine.ask(ask)
             self._readers.append(asyncio.create_task(self._read(choice, inbox)))
 
     def close(self) -> None:
