@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from dsv3.config.check import require_choice, require_not_negative, require_positive
+from dsv3.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,3 +25,8 @@ class ParallelConfig:
         require_choice(self, "wire", choices=("compute", "fp8"))
         require_positive(self, "expert", "timeout_seconds")
         require_not_negative(self, "ranks_per_node")
+        if self.wire != "compute" and self.expert == 1:
+            raise ConfigError(
+                f"parallel.wire = '{self.wire}' is about tokens that travel to experts, and with parallel.expert = 1 "
+                "all experts are on every rank; share them, or use 'compute'"
+            )

@@ -21,7 +21,7 @@ from dsv3.model.transformer import Transformer
 from dsv3.native import choose_cpu_kernels
 from dsv3.parallel.launch import open_ranks
 from dsv3.parallel.ranks import Alone
-from dsv3.runtime.device import set_threads
+from dsv3.runtime.device import choose_device, set_threads
 from dsv3.runtime.log import get_logger, say_once
 from dsv3.train.event import EventCallback, TrainEvent
 from dsv3.train.metrics import MetricsLog, UnwrittenLog
@@ -81,7 +81,7 @@ def pretrain(
         TrainingError: the run folder cannot be written, or another process trains in it.
     """
     with open_ranks(config.parallel, num_experts=config.model.n_routed_experts) as ranks:
-        _require_even_shares(config, ranks=ranks)
+        _require_shares(config, ranks=ranks)
         notify = (on_event if ranks.rank == 0 else None) or _ignore
         with ExitStack() as held:
             if ranks.rank == 0:
@@ -274,8 +274,13 @@ class _Run:
         )
 
 
-def _require_even_shares(config: PretrainConfig, *, ranks: Alone) -> None:
-    """Refuse batches whose rows do not divide over the ranks: all of them must do the same steps together."""
+def _require_shares(config: PretrainConfig, *, ranks: Alone) -> None:
+    """Refuse batches whose rows do not divide over the ranks: all of them must do the same steps together.
+
+    And GPUs, which ranks do not know how to divide among themselves, nor how to talk between.
+    """
+    if ranks.size > 1 and choose_device(config.runtime.device).type != "cpu":
+        raise ConfigError(f"{ranks.size} ranks train on CPUs only so far; set runtime.device=cpu, or use one rank")
     grows = config.batch.start_sequences != config.batch.final_sequences
     wrong = [
         f"batch.{name} = {number}"

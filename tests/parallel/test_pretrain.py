@@ -10,12 +10,15 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from dsv3.config import ParallelConfig, SnapshotConfig
 from dsv3.config.files import write_config
 from dsv3.errors import ConfigError
 from dsv3.infer.loaded import load
+from dsv3.parallel.ranks import Alone
+from dsv3.train import loop as loop_file
 from dsv3.train.loop import pretrain
 
 TRAIN = """
@@ -154,3 +157,11 @@ def test_what_does_not_divide_is_refused_before_anything_is_made(run_config, tmp
     log.seek(0)
     assert "the rows of a step do not divide over 3 ranks: batch.start_sequences = 4" in log.read()
     assert not (tmp_path / "run").exists()
+
+
+def test_ranks_on_gpus_are_refused_as_long_as_they_cannot_talk(run_config, monkeypatch):
+    monkeypatch.setattr(loop_file, "choose_device", lambda _: torch.device("cuda"))
+    two = Alone()
+    two.size = 2
+    with pytest.raises(ConfigError, match="2 ranks train on CPUs only so far"):
+        loop_file._require_shares(run_config, ranks=two)

@@ -190,3 +190,8 @@ def test_ranks_that_do_not_divide_are_refused_with_what_would(on_ranks):
     assert on_ranks(refuse, size=3, expert=2, num_experts=8)[0] == (
         "3 ranks do not divide into expert axes of 2; use 1 for parallel.expert, or another number of ranks"
     )
+
+
+def test_a_wire_that_nothing_travels_on_is_refused():
+    with pytest.raises(ConfigError, match=r"parallel\.expert = 1"):
+        ParallelConfig(wire="fp8")
