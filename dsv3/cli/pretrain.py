@@ -47,7 +47,7 @@ def pretrain(
     Prepares the corpus, trains, validates and saves as the settings say. Ctrl-C finishes the step at hand and saves;
     the same command goes on from the newest snapshot, as does `dsv3 pretrain --run FOLDER`.
 
-    On many ranks: torchrun --nproc-per-node N --no-python dsv3 pretrain ..., all of which see the same run folder.
+    On many ranks: torchrun --nproc-per-node N --no-python -- dsv3 pretrain ..., all of which see the same run folder.
     """
     wanted = run_settings(recipe, more_data=more_data, run=run, data=data, config_file=config, assignments=assignments)
     try:

@@ -28,7 +28,7 @@ def open_ranks(config: ParallelConfig, *, num_experts: int) -> Iterator[Alone]:
         if config.expert > 1:
             raise ConfigError(
                 f"parallel.expert = {config.expert} needs as many ranks, or a multiple, and there is one; start it as "
-                f"torchrun --nproc-per-node {config.expert} --no-python dsv3 pretrain ..."
+                f"torchrun --nproc-per-node {config.expert} --no-python -- dsv3 pretrain ..."
             )
         yield Alone()
         return
