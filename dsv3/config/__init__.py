@@ -6,7 +6,7 @@ from dsv3.config.engine import EngineConfig
 from dsv3.config.model import ModelConfig, YarnConfig
 from dsv3.config.parallel import ParallelConfig
 from dsv3.config.precision import PrecisionConfig
-from dsv3.config.run import EvaluationConfig, PretrainConfig, RuntimeConfig, SnapshotConfig
+from dsv3.config.run import EvaluationConfig, HealthConfig, PretrainConfig, RuntimeConfig, SnapshotConfig
 from dsv3.config.server import ServerConfig
 from dsv3.config.training import (
     KEEP_ALL,
@@ -24,6 +24,7 @@ __all__ = [
     "DataConfig",
     "EngineConfig",
     "EvaluationConfig",
+    "HealthConfig",
     "LearningRateConfig",
     "ModelConfig",
     "MtpLossConfig",

@@ -23,10 +23,33 @@ class SnapshotConfig:
     """Newest snapshots kept; older ones are removed after a newer one is complete."""
     keep_every_steps: int = 0
     """Snapshots at multiples of this step are kept for good; 0 keeps none beyond `keep_last`."""
+    in_background: bool = False
+    """Whether training goes on while a snapshot is written, from a copy in memory. It is there some steps later."""
 
     def __post_init__(self) -> None:
         require_positive(self, "every_steps", "keep_last")
         require_not_negative(self, "keep_every_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealthConfig:
+    """What a run does about what goes wrong in it."""
+
+    on_non_finite: str = "stop"
+    """What to do where a loss or gradient is NaN or infinite: 'stop', or 'skip' that step: its rows are passed over,
+    the weights stay, and it is written down with the documents that lie in it."""
+    spike_deviations: float = 6.0
+    """A loss that lies so many standard deviations above the mean of the last 100 steps is written down as a spike,
+    with its documents; 0 looks for none."""
+    straggler_factor: float = 1.5
+    """A rank that computes so many times as long as the median rank, in each of the last 5 steps, is named; 0 names
+    none."""
+    hang_seconds: float = 900.0
+    """After so long without the end of a step every rank writes down where it stands, in RUN/stacks; 0 never does."""
+
+    def __post_init__(self) -> None:
+        require_choice(self, "on_non_finite", choices=("stop", "skip"))
+        require_not_negative(self, "spike_deviations", "straggler_factor", "hang_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +76,7 @@ class RuntimeConfig:
     device: str = "auto"
     """'auto' (CUDA if present, else CPU), 'cpu', 'cuda' or 'cuda:N'."""
     dtype: str = "auto"
-    """Compute type: 'auto' (BF16 on CUDA, FP32 on CPU), 'float32' or 'bfloat16'."""
+    """Compute type: 'auto' (BF16 on CUDA, FP32 on CPU), 'float32', 'bfloat16', or 'float64' to check arithmetic."""
     threads: int = 0
     """CPU threads of one process; 0 takes all that this process may use."""
     cpu_kernels: str = "auto"
@@ -61,7 +84,7 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         require_not_negative(self, "seed", "threads")
-        require_choice(self, "dtype", choices=("auto", "float32", "bfloat16"))
+        require_choice(self, "dtype", choices=("auto", "float32", "bfloat16", "float64"))
         require_choice(self, "cpu_kernels", choices=CPU_KERNELS)
 
 
@@ -81,6 +104,7 @@ class PretrainConfig:
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     snapshot: SnapshotConfig = field(default_factory=SnapshotConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     total_tokens: int = 14_800_000_000_000

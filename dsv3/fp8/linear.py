@@ -5,7 +5,8 @@ several experts lie end to end, each group with its own matrix; an ordinary Line
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from dsv3.fp8.e5m6 import PackedE5M6
 from dsv3.fp8.kernels import Kernels, OverTokens
 from dsv3.fp8.quantise import Form, Quantised
 from dsv3.fp8.recipe import ANYWHERE, Fp8Recipe, Site, form_at
+from dsv3.runtime.later import Later
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,8 @@ class Fp8Product:
     """Whether the input is there again in the backward pass whatever we do: then it is quantised again, not kept."""
     packed_input: PackedE5M6 | None = None
     """The input in E5M6, kept for another reader: Wgrad then reads that."""
+    later: Later = field(default_factory=Later)
+    """May put Wgrad off."""
 
     @property
     def activation(self) -> Form:
@@ -69,7 +73,7 @@ class _Fp8Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, product: Fp8Product, *parameters: Tensor) -> tuple[Tensor, ...]:
         rows = product.kernels.quantise(x, form=product.activation)
-        ctx.product, ctx.shapes = product, [(parameter.shape, parameter.dtype) for parameter in parameters]
+        ctx.product, ctx.parameters = product, parameters
         if product.input_is_kept:
             ctx.save_for_backward(x)
         elif product.packed_input is None:
@@ -101,24 +105,33 @@ class _Fp8Products(torch.autograd.Function):
             of_x = of_x.to(gradients[0].dtype)
         of_parameters: list[Tensor | None] = [None] * len(product.weights)
         if any(ctx.needs_input_grad[2:]):
-            rows = _input_over_tokens(ctx, product)
-            for index, (gradient, (shape, dtype)) in enumerate(zip(gradients, ctx.shapes, strict=True)):
+            kept = ctx.saved_tensors
+            tile = getattr(ctx, "tile", None)
+            rows = cache(lambda: _input_over_tokens(product, kept=kept, tile=tile))
+
+            def make(gradient: Tensor, parameter: Tensor) -> Tensor:
                 slopes = kernels.quantise_over_tokens(gradient, form=product.gradient_over_tokens, **common)
-                of_weight = kernels.weight_gradients(slopes, rows=rows, accumulator=product.recipe.accumulator)
-                of_parameters[index] = of_weight.view(shape).to(dtype)
+                made = kernels.weight_gradients(slopes, rows=rows(), accumulator=product.recipe.accumulator)
+                return made.view(parameter.shape).to(parameter.dtype)
+
+            of_parameters = [
+                product.later.gradient(parameter, make=partial(make, gradient, parameter))
+                for gradient, parameter in zip(gradients, ctx.parameters, strict=True)
+            ]
         return of_x, None, *of_parameters
 
 
-def _input_over_tokens(ctx: Any, product: Fp8Product) -> OverTokens:
+def _input_over_tokens(product: Fp8Product, *, kept: Sequence[Tensor], tile: tuple[int, int] | None) -> OverTokens:
     """Return the input as Wgrad reads it, from whatever was kept of it."""
     kernels, form, groups = product.kernels, product.activation_over_tokens, product.rows_per_group
     if product.packed_input is not None:
         wide = kernels.dequantise_e5m6(product.packed_input)
         return kernels.quantise_over_tokens(wide, form=form, rows_per_group=groups)
     if product.input_is_kept:
-        (x,) = ctx.saved_tensors
+        (x,) = kept
         rows = kernels.quantise(x, form=product.activation)
     else:
-        values, scales = ctx.saved_tensors
-        rows = Quantised(values=values, scales=scales, tile=ctx.tile)
+        values, scales = kept
+        assert tile is not None
+        rows = Quantised(values=values, scales=scales, tile=tile)
     return kernels.requantise_over_tokens(rows, form=form, rows_per_group=groups)

@@ -1,17 +1,19 @@
 """One layer: attention, then a feed-forward network, dense or of experts, each behind a norm and a residual.
 
-An MoE block can be driven in four steps (attention, dispatch, experts, combine), which is how a pipeline overlaps one
-chunk's communication with another's computation (report 3.2.1). Its own forward is those four steps in a row.
+An MoE block can be driven in steps (attention, dispatch, experts, combine), which is how a pipeline overlaps one
+chunk's communication with another's computation (report 3.2.1). Its own forward is those steps in a row.
 """
 
-from dataclasses import dataclass
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsv3.batch import TokenBatch
 from dsv3.config import KEEP_ALL, ModelConfig, RecomputeConfig
-from dsv3.model.interfaces import DispatchedTokens, LatentCache, Routing, TokenDispatch
+from dsv3.model.interfaces import Cut, DispatchedTokens, LatentCache, Part, Routing, TokenDispatch, keep_whole
 from dsv3.model.linear import RMSNorm
 from dsv3.model.mla import LatentAttention
 from dsv3.model.moe import FeedForward, MixtureOfExperts
@@ -76,9 +78,10 @@ class DenseBlock(Block):
 
 @dataclass(frozen=True, kw_only=True)
 class SentTokens:
-    """Between dispatch and combine: what travels to the experts, and what stays for the sum."""
+    """Between attention and combine: what travels to the experts, and what stays for the sum."""
 
-    dispatched: DispatchedTokens
+    travelling: Any
+    """The dispatch's own."""
     before_norm: Float[Tensor, "token hidden"]
     normed: Float[Tensor, "token hidden"]
     """What the shared experts read."""
@@ -93,50 +96,88 @@ class MoeBlock(Block):
         self.mlp = MixtureOfExperts(config)
         self.has_shared_experts = config.n_shared_experts > 0
 
-    def dispatch(
+    def steps(
+        self,
+        hidden: Float[Tensor, "token hidden"],
+        *,
+        batch: TokenBatch,
+        rotation: Rotation,
+        cache: LatentCache | None,
+        dispatch: TokenDispatch,
+        recompute: RecomputeConfig = KEEP_ALL,
+        precision: Precision = ORIGINAL,
+        cut: Cut = keep_whole,
+    ) -> Generator[Part, None, tuple[Float[Tensor, "token hidden"], Routing]]:
+        """Run the layer, stopping after each part; return its output and how its tokens were routed.
+
+        Rows travel from a stop to the next but one, and `cut` ends pieces of the backward pass where they do.
+        """
+        middle = self.attention(
+            hidden, batch=batch, rotation=rotation, cache=cache, recompute=recompute, precision=precision
+        )
+        sent = self.route(middle, through=dispatch, recompute=recompute)
+        yield Part.ATTENTION
+        sent = cut(replace(sent, travelling=dispatch.send(sent.travelling)), Part.ATTENTION)
+        yield Part.DISPATCH
+        dispatched = dispatch.receive(sent.travelling)
+        if not dispatched.gathered_here:  # or nothing has travelled
+            dispatched = cut(dispatched, Part.DISPATCH)
+        outputs = self.experts(dispatched, sent=sent, recompute=recompute, precision=precision)
+        yield Part.EXPERTS
+        returning = cut(dispatch.send_back(outputs, dispatched=dispatched), Part.EXPERTS)
+        yield Part.COMBINE
+        combined = self.combine(returning, sent=sent, through=dispatch, recompute=recompute, precision=precision)
+        return cut(combined, Part.COMBINE), sent.routing
+
+    def route(
         self, hidden: Float[Tensor, "token hidden"], *, through: TokenDispatch, recompute: RecomputeConfig = KEEP_ALL
     ) -> SentTokens:
-        """Route the normed tokens and send them to their experts."""
+        """Choose experts for the normed tokens, and announce them there."""
         normed = self.post_attention_layernorm(hidden)
         with made_again((normed, lambda: self.post_attention_layernorm(hidden)), when=recompute.norms):
             routing = self.mlp.gate(normed)
-            dispatched = through.dispatch(normed, routing=routing)
-        return SentTokens(dispatched=dispatched, before_norm=hidden, normed=normed, routing=routing)
+            announced = through.announce(normed, routing=routing)
+        return SentTokens(travelling=announced, before_norm=hidden, normed=normed, routing=routing)
 
     def experts(
-        self, sent: SentTokens, *, recompute: RecomputeConfig = KEEP_ALL, precision: Precision = ORIGINAL
+        self,
+        dispatched: DispatchedTokens,
+        *,
+        sent: SentTokens,
+        recompute: RecomputeConfig = KEEP_ALL,
+        precision: Precision = ORIGINAL,
     ) -> Float[Tensor, "row hidden"]:
         """Run the routed experts held here on what arrived.
 
         Copies gathered on this device are gathered again in the backward pass: they are `num_experts_per_tok` times as
         large as what they are copies of. Not in the report, whose copies come from other devices.
         """
-        source, origin = sent.dispatched.source, sent.dispatched.origin
+        source, origin = dispatched.source, dispatched.origin
         before, normed = sent.before_norm, None if recompute.norms else sent.normed
 
         def gather() -> Tensor:
             tokens = self.post_attention_layernorm(before) if normed is None else normed
             return copy_to_rows(tokens, source=source, origin=origin)
 
-        with made_again((sent.dispatched.rows, gather), when=sent.dispatched.gathered_here):
-            return self.mlp.experts(sent.dispatched, recompute=recompute, precision=precision)
+        with made_again((dispatched.rows, gather), when=dispatched.gathered_here):
+            return self.mlp.experts(dispatched, recompute=recompute, precision=precision)
 
     def combine(
         self,
-        outputs: Float[Tensor, "row hidden"],
+        returning: Any,
         *,
-        hidden: Float[Tensor, "token hidden"],
         sent: SentTokens,
         through: TokenDispatch,
         recompute: RecomputeConfig = KEEP_ALL,
         precision: Precision = ORIGINAL,
     ) -> Float[Tensor, "token hidden"]:
-        """Return hidden + routed + shared (eq. 12)."""
-        total = hidden + through.combine(outputs, dispatched=sent.dispatched)
+        """Return hidden + routed + shared (eq. 12); the shared experts compute while the others' outputs travel."""
+        hidden = sent.before_norm
         if not self.has_shared_experts:
-            return total
+            return hidden + through.receive_back(returning)
         with made_again((sent.normed, lambda: self.post_attention_layernorm(hidden)), when=recompute.norms):
-            return total + self.mlp.shared_experts(sent.normed, recompute=recompute, precision=precision)
+            shared = self.mlp.shared_experts(sent.normed, recompute=recompute, precision=precision)
+        return hidden + through.receive_back(returning) + shared
 
     def forward(
         self,
@@ -150,12 +191,26 @@ class MoeBlock(Block):
         precision: Precision = ORIGINAL,
     ) -> tuple[Float[Tensor, "token hidden"], Routing]:
         """Return the layer's output and how its tokens were routed."""
-        middle = self.attention(
-            hidden, batch=batch, rotation=rotation, cache=cache, recompute=recompute, precision=precision
+        return run_through(
+            self.steps(
+                hidden,
+                batch=batch,
+                rotation=rotation,
+                cache=cache,
+                dispatch=dispatch,
+                recompute=recompute,
+                precision=precision,
+            )
         )
-        sent = self.dispatch(middle, through=dispatch, recompute=recompute)
-        outputs = self.experts(sent, recompute=recompute, precision=precision)
-        combined = self.combine(
-            outputs, hidden=middle, sent=sent, through=dispatch, recompute=recompute, precision=precision
-        )
-        return combined, sent.routing
+
+
+Returned = TypeVar("Returned")
+
+
+def run_through(steps: Generator[Any, None, Returned]) -> Returned:
+    """Return what a generator returns, without stopping where it would."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value

@@ -4,13 +4,41 @@
 `TokenDispatch` is what expert parallelism plugs in; on one device it is `model/moe.py: LocalDispatch`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from enum import StrEnum
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsv3.batch import TokenBatch
+
+
+class Part(StrEnum):
+    """The parts of a layer that a pipeline tells apart, to weave those of two chunks (report 3.2.1)."""
+
+    ATTENTION = "ATTN"
+    """With norms and the router; in a dense layer all of it."""
+    DISPATCH = "DISPATCH"
+    EXPERTS = "MLP"
+    COMBINE = "COMBINE"
+    """With the shared experts."""
+    HEAD = "HEAD"
+    """The final norms. No chunk stops after them; they only are pieces of the backward pass by themselves."""
+
+
+Cut = Callable[[Any, Part], Any]
+"""Ends a piece of the backward pass, which bears the name of a part: takes what the piece has made, a tensor or a
+record of tensors, and returns what goes on from there. `keep_whole` cuts nothing.
+
+Whatever is made before a cut and read after it must go over it, or a piece would be run twice."""
+
+
+def keep_whole(made: Any, part: Part) -> Any:
+    """Return what was made: the backward pass is one piece."""
+    del part
+    return made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +75,30 @@ class DispatchedTokens:
 
 @runtime_checkable
 class TokenDispatch(Protocol):
-    """Brings tokens to experts and their outputs back (report 3.2.2)."""
+    """Brings tokens to experts and their outputs back (report 3.2.2).
 
-    def dispatch(self, tokens: Float[Tensor, "token hidden"], *, routing: Routing) -> DispatchedTokens:
-        """Copy each token to the experts chosen for it."""
+    Each way is begun by one call and ended by another, so that something else can be computed while rows travel. What
+    is handed from call to call is the dispatch's own affair, but for `DispatchedTokens`.
+    """
+
+    def announce(self, tokens: Float[Tensor, "token hidden"], *, routing: Routing) -> Any:
+        """Begin to tell the ranks of the chosen experts how many rows they will get."""
         ...
 
-    def combine(
-        self, outputs: Float[Tensor, "row hidden"], *, dispatched: DispatchedTokens
-    ) -> Float[Tensor, "token hidden"]:
-        """Sum the outputs that belong to one token; the gates are already in them."""
+    def send(self, announced: Any) -> Any:
+        """Begin to send a copy of each token to the experts chosen for it."""
+        ...
+
+    def receive(self, sent: Any) -> DispatchedTokens:
+        """Return what has come for the experts held here."""
+        ...
+
+    def send_back(self, outputs: Float[Tensor, "row hidden"], *, dispatched: DispatchedTokens) -> Any:
+        """Begin to send the experts' outputs home; the gates are already in them."""
+        ...
+
+    def receive_back(self, returning: Any) -> Float[Tensor, "token hidden"]:
+        """Return for each token the sum of its experts' outputs."""
         ...
 
 
@@ -102,8 +144,9 @@ class ModelOutput:
     """What a forward pass returns. Logits are not in it: `Transformer.logits(hidden)` makes those that are wanted."""
 
     hidden: Float[Tensor, "token hidden"]
-    """After the final norm: what the output head eats."""
+    """After the final norm: what the output head eats. Where the last layers did not run, the same as `before_norm`."""
     before_norm: Float[Tensor, "token hidden"]
+    """What the next layer would read."""
     mtp: tuple[MtpOutput, ...]
     """One entry for each MTP module that ran."""
     routings: tuple[Routing, ...]

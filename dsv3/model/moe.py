@@ -1,10 +1,11 @@
 """DeepSeekMoE (report 2.1.2, eq. 12): shared experts for every token, routed experts for those sent to them."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsv3.config import KEEP_ALL, ModelConfig, RecomputeConfig
@@ -99,18 +100,44 @@ class Experts(BlockScaled):
             return precision.expert_products(active, weight=self.down_proj, rows_per_expert=counts, site=EXPERTS_DOWN)
 
 
-class LocalDispatch:
-    """TokenDispatch for experts that are all on this device: a sort by expert, and back."""
+@dataclass(frozen=True, kw_only=True)
+class ChosenHere:
+    """Tokens and the experts chosen for them, all on this device."""
 
-    def dispatch(self, tokens: Float[Tensor, "token hidden"], *, routing: Routing) -> DispatchedTokens:
+    tokens: Float[Tensor, "token hidden"]
+    routing: Routing
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputsHere:
+    """Outputs of experts, and whose they are."""
+
+    outputs: Float[Tensor, "row hidden"]
+    source: Int[Tensor, " row"]
+    origin: Int[Tensor, "token chosen"]
+
+
+class LocalDispatch:
+    """TokenDispatch for experts that are all on this device: a sort by expert, and back. Nothing travels."""
+
+    def announce(self, tokens: Float[Tensor, "token hidden"], *, routing: Routing) -> ChosenHere:
+        """Take note of them."""
+        return ChosenHere(tokens=tokens, routing=routing)
+
+    def send(self, announced: ChosenHere) -> ChosenHere:
+        """Do nothing yet."""
+        return announced
+
+    def receive(self, sent: ChosenHere) -> DispatchedTokens:
         """Copy each token once for every expert chosen for it, grouped by expert."""
+        routing = sent.routing
         chosen = routing.experts.shape[1]
         order = routing.experts.flatten().argsort(stable=True)  # row -> (token, choice)
         origin = torch.empty_like(order)
         origin[order] = torch.arange(order.shape[0], device=order.device)
         source, origin = order // chosen, origin.unflatten(0, (-1, chosen))
         return DispatchedTokens(
-            rows=copy_to_rows(tokens, source=source, origin=origin),
+            rows=copy_to_rows(sent.tokens, source=source, origin=origin),
             rows_per_expert=routing.load.tolist(),
             gates=routing.gates.flatten()[order],
             source=source,
@@ -118,11 +145,13 @@ class LocalDispatch:
             gathered_here=True,
         )
 
-    def combine(
-        self, outputs: Float[Tensor, "row hidden"], *, dispatched: DispatchedTokens
-    ) -> Float[Tensor, "token hidden"]:
+    def send_back(self, outputs: Float[Tensor, "row hidden"], *, dispatched: DispatchedTokens) -> OutputsHere:
+        """Take note of what they belong to."""
+        return OutputsHere(outputs=outputs, source=dispatched.source, origin=dispatched.origin)
+
+    def receive_back(self, returning: OutputsHere) -> Float[Tensor, "token hidden"]:
         """Sum the outputs that belong to one token."""
-        return sum_to_tokens(outputs, source=dispatched.source, origin=dispatched.origin)
+        return sum_to_tokens(returning.outputs, source=returning.source, origin=returning.origin)
 
 
 class MixtureOfExperts(nn.Module):

@@ -7,6 +7,8 @@ Embedding and output head are the main model's own. The released weights put the
 eq. 21; `mtp_concat_order` says which order eh_proj was made for.
 """
 
+from collections.abc import Generator
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from dsv3.batch import TokenBatch
 from dsv3.config import KEEP_ALL, ModelConfig, RecomputeConfig
 from dsv3.model.block import MoeBlock
-from dsv3.model.interfaces import LatentCache, Routing, TokenDispatch
+from dsv3.model.interfaces import Cut, LatentCache, Part, Routing, TokenDispatch, keep_whole
 from dsv3.model.linear import Linear, RMSNorm
 from dsv3.model.precision import ORIGINAL, Precision
 from dsv3.ops.rope import Rotation
@@ -32,7 +34,7 @@ class MtpModule(nn.Module):
         self.block = MoeBlock(config, layer=config.num_hidden_layers + depth)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)  # published as shared_head.norm
 
-    def forward(
+    def steps(
         self,
         hidden: Float[Tensor, "token hidden"],
         *,
@@ -43,8 +45,9 @@ class MtpModule(nn.Module):
         dispatch: TokenDispatch,
         recompute: RecomputeConfig = KEEP_ALL,
         precision: Precision = ORIGINAL,
-    ) -> tuple[Float[Tensor, "token hidden"], Routing]:
-        """Return the block's output, before `norm`, and its routing.
+        cut: Cut = keep_whole,
+    ) -> Generator[Part, None, tuple[Float[Tensor, "token hidden"], Routing]]:
+        """Run the module as `MoeBlock.steps` runs a layer; return the block's output, before `norm`, and its routing.
 
         `hidden` is the state before this module, `embedded` the embedding of the token one further on; row by row
         they belong together (`TokenBatch.ahead`). Positions are those of `hidden`.
@@ -53,12 +56,15 @@ class MtpModule(nn.Module):
         if self.config.mtp_concat_order == "hidden_first":
             halves = (halves[1], halves[0])
         joined = self.eh_proj(torch.cat(halves, dim=-1))
-        return self.block(
-            joined,
-            batch=batch,
-            rotation=rotation,
-            cache=cache,
-            dispatch=dispatch,
-            recompute=recompute,
-            precision=precision,
+        return (
+            yield from self.block.steps(
+                joined,
+                batch=batch,
+                rotation=rotation,
+                cache=cache,
+                dispatch=dispatch,
+                recompute=recompute,
+                precision=precision,
+                cut=cut,
+            )
         )

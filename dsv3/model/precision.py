@@ -6,11 +6,10 @@ stay in the original precision (report 3.3.1).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -22,7 +21,9 @@ from dsv3.fp8.linear import Fp8Product, fp8_products
 from dsv3.fp8.quantise import TILES, Form, Quantised
 from dsv3.fp8.recipe import AFTER_ATTENTION, ANYWHERE, Fp8Recipe, Site, recipe_named
 from dsv3.ops.grouped_gemm import grouped_linear
+from dsv3.ops.linear import linear
 from dsv3.ops.recompute import Forget, is_made_again
+from dsv3.runtime.later import Later
 
 
 @runtime_checkable
@@ -32,6 +33,10 @@ class Precision(Protocol):
     @property
     def keeps_less(self) -> bool:
         """Whether `swiglu_input` and `output_projection` narrow what is kept."""
+        ...
+
+    def putting_off(self, later: Later) -> "Precision":
+        """Return the same, with gradients of weights made when `later` says so."""
         ...
 
     def products(
@@ -61,17 +66,23 @@ class Precision(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
 class OriginalPrecision:
     """Everything in the type that the model computes in."""
 
-    keeps_less = False
+    later: Later | None = None
+    keeps_less: ClassVar[bool] = False
+
+    def putting_off(self, later: Later) -> "OriginalPrecision":
+        """Return the same, with gradients of weights made when `later` says so."""
+        return replace(self, later=later)
 
     def products(
         self, x: Float[Tensor, "token in"], *weights: nn.Parameter, site: Site = ANYWHERE
     ) -> tuple[Float[Tensor, "token _"], ...]:
         """Return the products by torch, wherever they stand."""
         del site
-        return tuple(F.linear(x, self.matrix(weight, dtype=x.dtype)) for weight in weights)
+        return tuple(linear(x, weight=self.matrix(weight, dtype=x.dtype), later=self.later) for weight in weights)
 
     def expert_products(
         self, rows: Float[Tensor, "row in"], *, weight: nn.Parameter, rows_per_expert: list[int], site: Site
@@ -79,14 +90,14 @@ class OriginalPrecision:
         """Return the products of experts, wherever they stand."""
         del site
         assert not is_fp8(weight), NO_SCALES
-        return grouped_linear(rows, weight=weight.to(rows.dtype), rows_per_expert=rows_per_expert)
+        return grouped_linear(rows, weight=weight.to(rows.dtype), rows_per_expert=rows_per_expert, later=self.later)
 
     def output_projection(
         self, heads: Float[Tensor, "token head v"], *, weight: nn.Parameter, forget: Forget
     ) -> Float[Tensor, "token hidden"]:
         """Return the product; attention keeps its output as it is."""
         del forget
-        return F.linear(heads.flatten(1), self.matrix(weight, dtype=heads.dtype))
+        return linear(heads.flatten(1), weight=self.matrix(weight, dtype=heads.dtype), later=self.later)
 
     def matrix(self, weight: nn.Parameter, *, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """Return the weight."""
@@ -111,6 +122,11 @@ class Fp8Precision:
     """group x out x in."""
     swiglu_cache: Form = TILES
     """How inputs of the experts' SwiGLU are kept."""
+    later: Later = field(default_factory=Later)
+
+    def putting_off(self, later: Later) -> "Fp8Precision":
+        """Return the same, with gradients of weights made when `later` says so."""
+        return replace(self, later=later)
 
     @property
     def num_bytes(self) -> int:
@@ -181,6 +197,7 @@ class Fp8Precision:
             site=site,
             input_is_kept=is_made_again(x),
             packed_input=packed_input,
+            later=self.later,
         )
         return fp8_products(x, parameters=weights, product=product)
 

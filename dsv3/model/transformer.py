@@ -1,5 +1,7 @@
 """The whole model on one device: embedding, blocks, output head, MTP modules."""
 
+from collections.abc import Collection, Generator
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -8,8 +10,17 @@ from torch import Tensor, nn
 from dsv3.batch import TokenBatch
 from dsv3.config import KEEP_ALL, ModelConfig, RecomputeConfig
 from dsv3.fp8.formats import is_fp8
-from dsv3.model.block import DenseBlock, MoeBlock
-from dsv3.model.interfaces import LatentCache, ModelOutput, MtpOutput, Routing, TokenDispatch
+from dsv3.model.block import DenseBlock, MoeBlock, run_through
+from dsv3.model.interfaces import (
+    Cut,
+    LatentCache,
+    ModelOutput,
+    MtpOutput,
+    Part,
+    Routing,
+    TokenDispatch,
+    keep_whole,
+)
 from dsv3.model.linear import BlockScaled, Linear, RMSNorm
 from dsv3.model.moe import LocalDispatch
 from dsv3.model.mtp import MtpModule
@@ -53,51 +64,84 @@ class Transformer(nn.Module):
         `recompute` says what a backward pass makes again instead of finding it kept, `precision` in which numbers the
         products with weights are computed: those that the weights are stored in, unless something else is asked for.
         """
+        return run_through(
+            self.steps(batch, cache=cache, dispatch=dispatch, recompute=recompute, precision=precision, mtp=mtp)
+        )
+
+    def steps(
+        self,
+        batch: TokenBatch,
+        *,
+        hidden: Float[Tensor, "token hidden"] | None = None,
+        layers: range | None = None,
+        cache: LatentCache | None = None,
+        dispatch: TokenDispatch | None = None,
+        recompute: RecomputeConfig = KEEP_ALL,
+        precision: Precision | None = None,
+        mtp: bool = False,
+        cut: Cut = keep_whole,
+    ) -> Generator[Part, None, ModelOutput]:
+        """Run consecutive layers, all of them unless told which, stopping after each part of a layer.
+
+        The first layer of the model reads the embedding, any other `hidden`. The last one is followed by the final norm
+        and the MTP modules. `cut` is called where the backward pass may be cut into pieces.
+        """
+        layers = range(len(self.layers)) if layers is None else layers
         dispatch = dispatch or LocalDispatch()
         precision = precision or self.stored_precision()
         rotation = self._rotation(batch)
-        hidden = self.embed_tokens(batch.tokens)
+        state = self.embed_tokens(batch.tokens) if layers.start == 0 else hidden
+        assert state is not None, "layers after the first go on from those before them"
         routings: list[Routing] = []
-        for block in self.layers:
+        for index in layers:
+            block = self.layers[index]
             if isinstance(block, MoeBlock):
-                hidden, routing = block(
-                    hidden,
+                state, routing = yield from block.steps(
+                    state,
                     batch=batch,
                     rotation=rotation,
                     cache=cache,
                     dispatch=dispatch,
                     recompute=recompute,
                     precision=precision,
+                    cut=cut,
                 )
                 routings.append(routing)
             else:
-                hidden = block(
-                    hidden, batch=batch, rotation=rotation, cache=cache, recompute=recompute, precision=precision
+                state = block(
+                    state, batch=batch, rotation=rotation, cache=cache, recompute=recompute, precision=precision
                 )
-        normed = self.norm(hidden)
+                yield Part.ATTENTION
+                state = cut(state, Part.ATTENTION)
         batches = [batch] * len(routings)
+        if layers.stop < len(self.layers):
+            return ModelOutput(
+                hidden=state, before_norm=state, mtp=(), routings=tuple(routings), routed_batches=tuple(batches)
+            )
+        normed = self.norm(state)
         outputs: list[MtpOutput] = []
         if mtp:
-            state = normed if self.config.mtp_hidden_source == "post_norm" else hidden
-            ahead = batch
+            normed = cut(normed, Part.HEAD)  # The head will read it, after the modules' pieces.
+            source, ahead = normed if self.config.mtp_hidden_source == "post_norm" else state, batch
             for depth in range(len(self.mtp)):
-                state, ahead = state.index_select(0, ahead.not_last), ahead.ahead()
-                output, routing = self.predict_ahead(
-                    state,
+                source, ahead = source.index_select(0, ahead.not_last), ahead.ahead()
+                output, routing = yield from self.steps_ahead(
+                    source,
                     depth=depth,
                     batch=ahead,
                     cache=cache,
                     dispatch=dispatch,
                     recompute=recompute,
                     precision=precision,
+                    cut=cut,
                 )
-                state = output.hidden if self.config.mtp_hidden_source == "post_norm" else output.before_norm
+                source = output.hidden if self.config.mtp_hidden_source == "post_norm" else output.before_norm
                 outputs.append(output)
                 routings.append(routing)
                 batches.append(ahead)
         return ModelOutput(
             hidden=normed,
-            before_norm=hidden,
+            before_norm=state,
             mtp=tuple(outputs),
             routings=tuple(routings),
             routed_batches=tuple(batches),
@@ -110,14 +154,27 @@ class Transformer(nn.Module):
         depth: int,
         batch: TokenBatch,
         cache: LatentCache | None = None,
-        dispatch: TokenDispatch | None = None,
-        recompute: RecomputeConfig = KEEP_ALL,
         precision: Precision | None = None,
     ) -> tuple[MtpOutput, Routing]:
         """Run MTP module `depth` on the state before it and the batch of tokens one further on (`TokenBatch.ahead`)."""
+        return run_through(self.steps_ahead(state, depth=depth, batch=batch, cache=cache, precision=precision))
+
+    def steps_ahead(
+        self,
+        state: Float[Tensor, "token hidden"],
+        *,
+        depth: int,
+        batch: TokenBatch,
+        cache: LatentCache | None = None,
+        dispatch: TokenDispatch | None = None,
+        recompute: RecomputeConfig = KEEP_ALL,
+        precision: Precision | None = None,
+        cut: Cut = keep_whole,
+    ) -> Generator[Part, None, tuple[MtpOutput, Routing]]:
+        """Do the same, stopping after each part of its layer."""
         module = self.mtp[depth]
         assert isinstance(module, MtpModule)
-        hidden, routing = module(
+        hidden, routing = yield from module.steps(
             state,
             embedded=self.embed_tokens(batch.tokens),
             batch=batch,
@@ -126,8 +183,10 @@ class Transformer(nn.Module):
             dispatch=dispatch or LocalDispatch(),
             recompute=recompute,
             precision=precision or self.stored_precision(),
+            cut=cut,
         )
-        return MtpOutput(batch=batch, hidden=module.norm(hidden), before_norm=hidden), routing
+        made = MtpOutput(batch=batch, hidden=module.norm(hidden), before_norm=hidden)
+        return cut(made, Part.HEAD), routing
 
     def logits(self, hidden: Float[Tensor, "token hidden"]) -> Float[Tensor, "token vocab"]:
         """Return the output head's logits, in at least FP32."""
@@ -153,8 +212,7 @@ class Transformer(nn.Module):
 
     def stored_precision(self) -> Precision:
         """Return the precision that the weights are stored in: FP8 after `make_room_in_fp8`, else the original one."""
-        first = self.layers[0]
-        assert isinstance(first, MoeBlock | DenseBlock)
+        first = next(block for block in self.layers if isinstance(block, MoeBlock | DenseBlock))
         if not is_fp8(first.self_attn.o_proj.weight):  # all or none of them are
             return ORIGINAL
         modules = self._modules_in_fp8()
@@ -165,10 +223,40 @@ class Transformer(nn.Module):
         original = {self.lm_head, *(module.eh_proj for module in self.mtp)}
         return [module for module in self.modules() if isinstance(module, BlockScaled) and module not in original]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that is computed in, which is that of the norms."""
+        return next(module.weight.dtype for module in self.modules() if isinstance(module, RMSNorm))
+
     def routers(self) -> list[Router]:
         """Return the routers in the order of `ModelOutput.routings`: main blocks, then MTP modules."""
+        return list(self.routers_by_place().values())
+
+    def routers_by_place(self) -> dict[int, Router]:
+        """Return the routers that are here by their place in the `routings` of the whole model."""
         blocks = [*self.layers, *(module.block for module in self.mtp)]
-        return [block.mlp.gate for block in blocks if isinstance(block, MoeBlock)]
+        places = routed_places(self.config, layers=range(len(blocks)))
+        return {place: blocks[at].mlp.gate for at, place in places.items() if isinstance(blocks[at], MoeBlock)}
+
+    def keep_only(self, layers: Collection[int], *, embedding: bool, end: bool) -> None:
+        """Let go of all but some layers, the embedding, and the end (final norm, head, MTP modules).
+
+        What is left keeps its names. `steps` runs what is here; the rest is on other ranks.
+        """
+        for index in range(len(self.layers)):
+            if index not in layers:
+                self.layers[index] = Elsewhere()
+        if not embedding:
+            self.embed_tokens = Elsewhere()  # type: ignore[assignment]
+        if not end:
+            self.norm = Elsewhere()  # type: ignore[assignment]
+            self.lm_head = Elsewhere()  # type: ignore[assignment]
+            self.mtp = nn.ModuleList()
 
     @torch.no_grad()
     def init_weights(self, *, generator: torch.Generator) -> None:
@@ -201,3 +289,17 @@ class Embedding(nn.Module):
     def forward(self, tokens: Int[Tensor, " token"]) -> Float[Tensor, "token dim"]:
         """Return the rows of the given ids."""
         return F.embedding(tokens, self.weight)
+
+
+class Elsewhere(nn.Module):
+    """Stands in the place of what another rank holds."""
+
+
+def routed_places(config: ModelConfig, *, layers: range) -> dict[int, int]:
+    """Return for each layer with experts among `layers` its place in `ModelOutput.routings` of the whole model.
+
+    Layers after those of the main model are the MTP modules.
+    """
+    with_experts = [layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)]
+    with_experts += range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
+    return {layer: place for place, layer in enumerate(with_experts) if layer in layers}

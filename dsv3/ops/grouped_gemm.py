@@ -7,18 +7,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dsv3.native.products import multiply_rows, weight_gradients
+from dsv3.runtime.later import Later
 
 
 def grouped_linear(
-    rows: Float[Tensor, "row in"], *, weight: Float[Tensor, "expert out in"], rows_per_expert: list[int]
+    rows: Float[Tensor, "row in"],
+    *,
+    weight: Float[Tensor, "expert out in"],
+    rows_per_expert: list[int],
+    later: Later | None = None,
 ) -> Float[Tensor, "row out"]:
     """Return `rows @ weight[e].T` with the expert e that each row belongs to.
 
     Rows are grouped by expert in rising order. No copies are made: every product writes into its slice of one output,
     and every weight gradient into its slice of one gradient, where indexing `weight[e]` under autograd would make a
-    zero-filled gradient of all experts for each of them.
+    zero-filled gradient of all experts for each of them. `later` may put off the weight's gradient.
     """
-    return _GroupedLinear.apply(rows, weight, rows_per_expert)
+    return _GroupedLinear.apply(rows, weight, rows_per_expert, later or Later())
 
 
 def grouped_linear_plain(
@@ -31,23 +36,29 @@ def grouped_linear_plain(
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, rows_per_expert: list[int]) -> Tensor:
-        ctx.save_for_backward(rows, weight)
-        ctx.rows_per_expert = rows_per_expert
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, rows_per_expert: list[int], later: Later) -> Tensor:
+        ctx.save_for_backward(rows)
+        # Not a saved tensor: those may come back as other objects, and `later` must add to this one's gradient.
+        ctx.weight, ctx.rows_per_expert, ctx.later = weight, rows_per_expert, later
         output = rows.new_empty(rows.shape[0], weight.shape[1])
         multiply_rows(rows, weight.transpose(1, 2), output=output, rows_per_expert=rows_per_expert)
         return output
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (gradient,) = gradients
-        rows, weight = ctx.saved_tensors
-        gradient = gradient.contiguous()
+        (rows,) = ctx.saved_tensors
+        weight, counts, gradient = ctx.weight, ctx.rows_per_expert, gradient.contiguous()
         of_rows = of_weight = None
         if ctx.needs_input_grad[0]:
             of_rows = torch.empty_like(rows)
-            multiply_rows(gradient, weight, output=of_rows, rows_per_expert=ctx.rows_per_expert)
+            multiply_rows(gradient, weight, output=of_rows, rows_per_expert=counts)
         if ctx.needs_input_grad[1]:
-            of_weight = torch.empty_like(weight)
-            weight_gradients(gradient, rows, output=of_weight, rows_per_expert=ctx.rows_per_expert)
-        return of_rows, of_weight, None
+
+            def make() -> Tensor:
+                made = torch.empty_like(weight)
+                weight_gradients(gradient, rows, output=made, rows_per_expert=counts)
+                return made
+
+            of_weight = ctx.later.gradient(weight, make=make)
+        return of_rows, of_weight, None, None

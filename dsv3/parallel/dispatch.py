@@ -11,16 +11,25 @@ Both are chains of the same `Hop`. DeepEP, which does it with kernels of its own
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsv3.errors import ConfigError
 from dsv3.model.interfaces import DispatchedTokens, Routing
-from dsv3.parallel.exchange import Splits, exchange, exchange_counts, exchange_numbers
+from dsv3.parallel.exchange import (
+    Channel,
+    Departed,
+    Pending,
+    PendingCounts,
+    Splits,
+    arrive,
+    begin_counts,
+    begin_numbers,
+    depart,
+)
 from dsv3.parallel.wire import AS_COMPUTED, Wire
 
 
@@ -42,30 +51,58 @@ class Traffic:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sent:
-    """What a hop must remember to bring its rows home."""
-
-    splits: Splits
-    origin: Int[Tensor, " sent_copy"]
-    """Row on this rank that each copy sent was made of."""
-    num_rows: int
-    """Rows there were on this rank."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arrived:
-    """Rows with the experts they are for, as this rank counts them after a hop: -1 where a choice is for others."""
+class Given:
+    """Rows with the experts they are for, as a rank counts them: -1 where a choice is for others."""
 
     rows: Float[Tensor, "row hidden"]
     places: Int[Tensor, "row chosen"]
     gates: Float[Tensor, "row chosen"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Announced:
+    """What a hop will send, of which the others are being told how much."""
+
+    given: Given
+    """The rows there are; places and gates are those of the copies."""
+    origin: Int[Tensor, " sent_copy"]
+    """Row that each copy is made of."""
+    counts: PendingCounts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sent:
+    """What a hop must remember to bring its rows home."""
+
+    splits: Splits
+    origin: Int[Tensor, " sent_copy"]
+    num_rows: int
+    """Rows there were on this rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Travelling:
+    """Copies under way through one hop."""
+
+    rows: Departed
+    gates: Departed
+    places: Pending
+    sent: Sent
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoingHome:
+    """Rows on their way back through a hop."""
+
+    rows: Departed
+    sent: Sent
+
+
 @dataclass(kw_only=True)
 class Hop:
     """An all-to-all over a group, each of whose ranks stands for `experts_per_rank` consecutive experts."""
 
-    group: dist.ProcessGroup
+    channel: Channel
     experts_per_rank: int
     """Experts that lie behind a rank of the group: its own, or those of its whole node."""
     out: Wire = AS_COMPUTED
@@ -74,43 +111,56 @@ class Hop:
     """How what experts return travels home, and the gradients of the tokens."""
     traffic: Traffic = field(default_factory=Traffic)
 
-    def send(self, given: Arrived) -> tuple[Arrived, Sent]:
-        """Send a copy of each row to every rank that some of its experts lie behind; return what has come here."""
+    def announce(self, given: Given) -> Announced:
+        """Find the ranks that experts of each row lie behind, and begin to tell them how many rows they will get."""
         is_chosen = given.places >= 0
         target = torch.where(is_chosen, given.places // self.experts_per_rank, 0)
-        goes = torch.zeros(len(given.rows), self.group.size(), dtype=torch.bool, device=given.rows.device)
+        goes = torch.zeros(len(given.rows), self.channel.group.size(), dtype=torch.bool, device=given.rows.device)
         goes = goes.scatter_reduce(1, target, is_chosen, reduce="amax")
         rank, origin = goes.t().nonzero(as_tuple=True)
         is_theirs = is_chosen[origin] & (target[origin] == rank[:, None])
         places = torch.where(is_theirs, given.places[origin] - rank[:, None] * self.experts_per_rank, -1)
         gates = torch.where(is_theirs, given.gates[origin], 0)
+        counts = begin_counts(goes.sum(0).tolist(), channel=self.channel)
+        return Announced(given=replace(given, places=places, gates=gates), origin=origin, counts=counts)
 
-        splits = exchange_counts(goes.sum(0).tolist(), group=self.group)
-        arrived = Arrived(
-            rows=exchange(
-                given.rows.index_select(0, origin), splits=splits, group=self.group, out=self.out, back=self.back
-            ),
-            places=exchange_numbers(places, splits=splits, group=self.group),
-            gates=exchange(gates, splits=splits, group=self.group),
-        )
+    def send(self, announced: Announced) -> Travelling:
+        """Begin to send a copy of each row to every rank that some of its experts lie behind."""
+        given, origin = announced.given, announced.origin
+        splits = announced.counts.end()
         copies = self._elsewhere(splits.sent)
-        of_choices = places.shape[1] * (places.element_size() + gates.element_size())
+        of_choices = given.places.shape[1] * (given.places.element_size() + given.gates.element_size())
         of_row = self.out.bytes_of(given.rows.shape[1], dtype=given.rows.dtype)
         self.traffic.tokens += len(given.rows)
         self.traffic.copies += copies
         self.traffic.dispatch_bytes += copies * (of_row + of_choices)
-        return arrived, Sent(splits=splits, origin=origin, num_rows=len(given.rows))
+        rows = given.rows.index_select(0, origin)
+        return Travelling(
+            rows=depart(rows, splits=splits, channel=self.channel, out=self.out, back=self.back),
+            gates=depart(given.gates, splits=splits, channel=self.channel),
+            places=begin_numbers(given.places, splits=splits, channel=self.channel),
+            sent=Sent(splits=splits, origin=origin, num_rows=len(given.rows)),
+        )
 
-    def bring_home(self, rows: Float[Tensor, "row hidden"], *, sent: Sent) -> Float[Tensor, "row hidden"]:
-        """Send a row back for each that came, and sum what comes home for each that was there."""
-        home = exchange(rows, splits=sent.splits.reversed, group=self.group, out=self.back, back=self.out)
+    def receive(self, travelling: Travelling) -> Given:
+        """Return the copies that have come here."""
+        return Given(rows=arrive(travelling.rows), places=travelling.places.end(), gates=arrive(travelling.gates))
+
+    def send_back(self, rows: Float[Tensor, "row hidden"], *, sent: Sent) -> GoingHome:
+        """Begin to send a row back for each that came."""
         of_row = self.back.bytes_of(rows.shape[1], dtype=rows.dtype)
         self.traffic.combine_bytes += self._elsewhere(sent.splits.received) * of_row
-        return rows.new_zeros(sent.num_rows, rows.shape[1]).index_add(0, sent.origin, home)
+        away = depart(rows, splits=sent.splits.reversed, channel=self.channel, out=self.back, back=self.out)
+        return GoingHome(rows=away, sent=sent)
+
+    def receive_back(self, going_home: GoingHome) -> Float[Tensor, "row hidden"]:
+        """Return for each row that was there the sum of what has come home for it."""
+        home, sent = arrive(going_home.rows), going_home.sent
+        return home.new_zeros(sent.num_rows, home.shape[1]).index_add(0, sent.origin, home)
 
     def _elsewhere(self, counts: tuple[int, ...]) -> int:
         """Return how many rows go to, or came from, other ranks."""
-        return sum(counts) - counts[self.group.rank()]
+        return sum(counts) - counts[self.channel.group.rank()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,45 +175,58 @@ class ExchangedTokens(DispatchedTokens):
 
 @dataclass(kw_only=True)
 class AllToAllDispatch:
-    """`TokenDispatch` over the ranks that share the experts; every one of them makes the same calls, in one order."""
+    """`TokenDispatch` over the ranks that share the experts; every one of them makes the same calls, in one order.
+
+    What travels while something else is computed is what the first hop moves, over the slow link.
+    """
 
     hops: Sequence[Hop]
     """The last one ends at the ranks that hold the experts."""
 
-    def dispatch(self, tokens: Float[Tensor, "token hidden"], *, routing: Routing) -> ExchangedTokens:
-        """Send each token to the ranks of the experts chosen for it; return what has come, grouped by expert."""
-        arrived = Arrived(rows=tokens, places=routing.experts, gates=routing.gates)
-        sent = []
-        for hop in self.hops:
-            arrived, record = hop.send(arrived)
-            sent.append(record)
-        row, choice = (arrived.places >= 0).nonzero(as_tuple=True)
-        expert = arrived.places[row, choice]
+    def announce(self, tokens: Float[Tensor, "token hidden"], *, routing: Routing) -> Announced:
+        """Begin to tell the first hop's ranks how many rows they will get."""
+        return self.hops[0].announce(Given(rows=tokens, places=routing.experts, gates=routing.gates))
+
+    def send(self, announced: Announced) -> Travelling:
+        """Begin to send the first hop's copies."""
+        return self.hops[0].send(announced)
+
+    def receive(self, sent: Travelling) -> ExchangedTokens:
+        """Take what has come through the other hops; return what ends here, grouped by expert."""
+        given, records = self.hops[0].receive(sent), [sent.sent]
+        for hop in self.hops[1:]:
+            further = hop.send(hop.announce(given))
+            given = hop.receive(further)
+            records.append(further.sent)
+        row, choice = (given.places >= 0).nonzero(as_tuple=True)
+        expert = given.places[row, choice]
         order = expert.argsort(stable=True)
         row, choice = row[order], choice[order]
-        origin = torch.full_like(arrived.places, -1)
+        origin = torch.full_like(given.places, -1)
         origin[row, choice] = torch.arange(len(order), device=order.device)
         return ExchangedTokens(
-            rows=arrived.rows.index_select(0, row),
+            rows=given.rows.index_select(0, row),
             rows_per_expert=torch.bincount(expert, minlength=self.hops[-1].experts_per_rank).tolist(),
-            gates=arrived.gates[row, choice],
+            gates=given.gates[row, choice],
             source=row,
             origin=origin,
             gathered_here=False,
-            num_arrived=len(arrived.rows),
-            sent=tuple(sent),
+            num_arrived=len(given.rows),
+            sent=tuple(records),
         )
 
-    def combine(
-        self, outputs: Float[Tensor, "row hidden"], *, dispatched: DispatchedTokens
-    ) -> Float[Tensor, "token hidden"]:
-        """Sum the outputs of each row that came, and bring the sums home, summing again wherever they meet."""
+    def send_back(self, outputs: Float[Tensor, "row hidden"], *, dispatched: DispatchedTokens) -> GoingHome:
+        """Sum the outputs of each row that came, bring the sums through the inner hops, and begin the first's."""
         assert isinstance(dispatched, ExchangedTokens)
         sums = outputs.new_zeros(dispatched.num_arrived, outputs.shape[1])
         sums = sums.index_add(0, dispatched.source, outputs)
-        for hop, sent in zip(reversed(self.hops), reversed(dispatched.sent), strict=True):
-            sums = hop.bring_home(sums, sent=sent)
-        return sums
+        for hop, sent in zip(self.hops[:0:-1], dispatched.sent[:0:-1], strict=True):
+            sums = hop.receive_back(hop.send_back(sums, sent=sent))
+        return self.hops[0].send_back(sums, sent=dispatched.sent[0])
+
+    def receive_back(self, returning: GoingHome) -> Float[Tensor, "token hidden"]:
+        """Sum what has come home for each token."""
+        return self.hops[0].receive_back(returning)
 
 
 def require_expert_ranks(size: int, *, num_experts: int) -> None:

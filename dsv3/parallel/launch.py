@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from dsv3.config import ParallelConfig
+from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.errors import ConfigError
 from dsv3.parallel.ranks import Alone, Ranks
 from dsv3.runtime.log import ROOT, get_logger
@@ -15,7 +15,7 @@ from dsv3.runtime.rank import is_main_rank, num_ranks, num_restarts
 
 
 @contextmanager
-def open_ranks(config: ParallelConfig, *, num_experts: int) -> Iterator[Alone]:
+def open_ranks(config: ParallelConfig, *, model: ModelConfig, sequence_length: int) -> Iterator[Alone]:
     """Join the ranks that torchrun has started, and leave them at the end; without torchrun there is one.
 
     They talk over gloo. All but the first say only what is wrong.
@@ -25,11 +25,19 @@ def open_ranks(config: ParallelConfig, *, num_experts: int) -> Iterator[Alone]:
     """
     size = num_ranks()
     if size == 1:
-        if config.expert > 1:
-            raise ConfigError(
-                f"parallel.expert = {config.expert} needs as many ranks, or a multiple, and there is one; start it as "
-                f"torchrun --nproc-per-node {config.expert} --no-python -- dsv3 pretrain ..."
+        wanted = config.pipeline * config.expert
+        if wanted > 1:
+            asked = " x ".join(
+                f"parallel.{name} = {size}"
+                for name, size in (("pipeline", config.pipeline), ("expert", config.expert))
+                if size > 1
             )
+            raise ConfigError(
+                f"{asked} needs {wanted} ranks, or a multiple, and there is one; start it as torchrun "
+                f"--nproc-per-node {wanted} --no-python -- dsv3 pretrain ..."
+            )
+        if config.zero:
+            raise ConfigError("parallel.zero shares the optimizer's state among ranks, and there is one; use torchrun")
         yield Alone()
         return
     if not is_main_rank():
@@ -40,6 +48,6 @@ def open_ranks(config: ParallelConfig, *, num_experts: int) -> Iterator[Alone]:
     store = dist.PrefixStore(f"attempt-{num_restarts()}", store)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
     try:
-        yield Ranks(config, num_experts=num_experts)
+        yield Ranks(config, model=model, sequence_length=sequence_length)
     finally:
         dist.destroy_process_group()

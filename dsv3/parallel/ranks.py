@@ -1,63 +1,117 @@
 """The ranks that train together, and what they tell each other in a step.
 
-All ranks read different rows. Routed experts are dealt out over the expert axis: consecutive ranks, each with
-consecutive experts of every layer. What is not a routed expert is on every rank. So gradients of routed experts are
-summed over the ranks that hold the same ones (the expert-data axis), and all others over all ranks, always in FP32; the
-loss is already divided by what all ranks have (report 3.2, 4.2).
+Ranks of one pipeline read the same rows and each does its stages of them; all others read different rows. Routed
+experts are dealt out over the expert axis, consecutive ones to each rank. Gradients are summed over all ranks that hold
+the same weights, always in FP32; the loss is already divided by what all ranks have (report 3.2, 4.2).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Int
-from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch import Tensor, nn
 
-from dsv3.config import ParallelConfig
-from dsv3.errors import ConfigError
-from dsv3.model.interfaces import TokenDispatch
+from dsv3.config import ModelConfig, ParallelConfig
+from dsv3.model.block import run_through
+from dsv3.model.interfaces import ModelOutput, Part, TokenDispatch
 from dsv3.model.moe import Experts, LocalDispatch
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.dispatch import AllToAllDispatch, Hop, require_expert_ranks
-from dsv3.parallel.wire import AS_COMPUTED, BF16, FP8
-from dsv3.runtime.rank import ranks_on_this_machine
+from dsv3.parallel.dispatch import AllToAllDispatch
+from dsv3.parallel.layout import Layout, Sharers, fewest_micro_batches, is_expert, make_schedule
+from dsv3.parallel.link import Link
+from dsv3.parallel.messages import Messages
+from dsv3.parallel.pipeline import ChunkWork, Pipeline
+from dsv3.parallel.trace import Trace
+from dsv3.plan.schedules import one_f_one_b
 
-EXPERT_DATA, EXPERT, NODE, IN_NODE = "expert_data", "expert", "node", "in_node"
-"""Axes of the mesh, the slow one first: neighbouring ranks share the experts of a layer among them. Over several nodes
-the expert axis falls into nodes, and ranks of one node."""
+Layers = Callable[[range, Tensor | None], Generator[Part, None, ModelOutput]]
+"""Runs layers on hidden states, the first ones on none: `Transformer.steps`."""
+Room = Callable[[int], Tensor]
+"""Makes room for the hidden states of a micro-batch, by its number."""
 
 
 class Alone:
     """One rank that holds everything: nobody to talk to."""
 
-    rank = 0
-    size = 1
+    def __init__(self) -> None:
+        self.rank = self.data_rank = 0
+        self.size = self.data_size = 1
+        self.link = Link()
+        self.trace = Trace()
 
     @property
     def dispatch(self) -> TokenDispatch:
         """How tokens reach their experts."""
         return LocalDispatch()
 
-    def deal_out_experts(self, model: Transformer) -> None:
-        """Keep the experts that belong here: all."""
+    def keep_own(self, model: Transformer) -> None:
+        """Let go of the layers and experts that belong to others: of none."""
+
+    def own_rows(self, parameters: Mapping[str, Tensor]) -> dict[str, slice]:
+        """Return for each parameter that is here the rows whose optimizer state belongs here: all."""
+        return {name: slice(0, len(parameter)) for name, parameter in parameters.items()}
+
+    def run(self, work: ChunkWork, *, num_layers: int, num_micro_batches: int, room: Room) -> None:
+        """Go forward and backward with all micro-batches, in the order of the schedule."""
+        del room
+        schedule = one_f_one_b(num_ranks=1, num_micro_batches=num_micro_batches)
+        Pipeline(schedule=schedule, rank=0, layers=(range(num_layers),), work=work, trace=self.trace).run()
+
+    def run_forward(self, steps: Layers, *, num_layers: int, room: Room) -> list[tuple[range, ModelOutput]]:
+        """Go forward with one micro-batch; return the stages that are here and what each has made."""
+        del room
+        layers = range(num_layers)
+        return [(layers, run_through(steps(layers, None)))]
+
+    @property
+    def fewest_micro_batches(self) -> int:
+        """Micro-batches that a run needs at least."""
+        return 1
+
+    def require_micro_batches(self, number: int) -> None:
+        """Refuse a number of micro-batches that the schedule cannot work with."""
 
     def total(self, values: Sequence[int | float]) -> list[float]:
         """Return each number summed over all ranks."""
         return [float(value) for value in values]
 
-    def total_loads(self, loads: Sequence[Int[Tensor, " expert"]]) -> list[Int[Tensor, " expert"]]:
-        """Return expert loads summed over all ranks."""
-        return list(loads)
+    def total_over_data(self, values: Sequence[int | float]) -> list[float]:
+        """Return each number summed over the ranks that read different rows."""
+        return [float(value) for value in values]
+
+    def total_over_pipeline(self, values: Sequence[int | float]) -> list[float]:
+        """Return each number summed over the ranks that read the same rows."""
+        return [float(value) for value in values]
+
+    def total_loads(self, loads: Int[Tensor, "layer expert"], *, over_data: bool = True) -> Int[Tensor, "layer expert"]:
+        """Return expert loads summed over all ranks, or with `over_data` False over those that read the same rows."""
+        del over_data
+        return loads
+
+    def lacking(self, names: Sequence[str], *, gradients: Mapping[str, Tensor]) -> list[str]:
+        """Return the parameters that have no gradient here and one on another rank that holds them."""
+        del names, gradients
+        return []
 
     def reduce_gradients(self, gradients: Mapping[str, Tensor]) -> None:
         """Sum gradients, in place, over the ranks that hold the same weights."""
 
     def gradient_norm(self, gradients: Mapping[str, Tensor]) -> float:
-        """Return the Euclidean norm of all gradients of all ranks as one vector, each weight counted once."""
+        """Return the Euclidean norm of all gradients of all ranks as one vector, each weight counted once.
+
+        `gradients` are those of the rank's own rows.
+        """
         norms = torch._foreach_norm(list(gradients.values()))
         return torch.stack(norms).norm().item() if norms else 0.0
+
+    def share_weights(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Give the rows that were stepped here to all ranks that hold the same parameters, and take theirs."""
+
+    def whole_rows(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what is kept for own rows alone, for all rows of each parameter that is here."""
+        return dict(tensors)
 
     def take_wire_bytes(self) -> int:
         """Return what dispatch and combine have sent from here, forward, since this was asked last."""
@@ -67,87 +121,226 @@ class Alone:
         """Return what every rank has given."""
         return [value]
 
-    def whole_experts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors named as parameters with the experts of all ranks in them."""
-        return dict(tensors)
+    def first_row(self, name: str) -> int:
+        """Return which row of the whole model's parameter the first row here is."""
+        del name
+        return 0
 
-    def own_experts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors named as parameters with only the experts that belong here."""
-        return dict(tensors)
+    def gather_numbers(self, value: float) -> list[float]:
+        """Return the number that every rank has given."""
+        return [value]
+
+    def num_rows(self, name: str, *, here: int) -> int:
+        """Return how many rows the whole model's parameter has, of which so many are here."""
+        del name
+        return here
+
+    def writes(self, name: str) -> bool:
+        """Whether this is the rank that writes a parameter or buffer down, of those that hold the same."""
+        del name
+        return True
 
 
 class Ranks(Alone):
-    """All ranks of torch's process group, laid out over the axes."""
+    """All ranks of torch's process group, each in its place."""
 
-    def __init__(self, config: ParallelConfig, *, num_experts: int) -> None:
-        """Lay out the ranks; every one of them must do so.
+    def __init__(
+        self, config: ParallelConfig, *, model: ModelConfig, sequence_length: int, link: Link | None = None
+    ) -> None:
+        """Give every rank its place; all of them must do so.
 
         Raises:
-            ConfigError: they do not divide into groups of `config.expert`, or the experts do not divide over one.
+            ConfigError: they do not divide as `config` wants it, or experts or layers do not divide over them.
         """
-        world, expert = dist.get_world_size(), config.expert
-        require_expert_ranks(expert, num_experts=num_experts)
-        if world % expert:
-            fitting = [size for size in range(1, world + 1) if world % size == 0 and num_experts % size == 0]
-            raise ConfigError(
-                f"{world} ranks do not divide into expert axes of {expert}; use {', '.join(map(str, fitting))} for "
-                "parallel.expert, or another number of ranks"
-            )
-        self.rank, self.size = dist.get_rank(), world
-        mesh = init_device_mesh("cpu", (world // expert, expert), mesh_dim_names=(EXPERT_DATA, EXPERT))
-        everyone = dist.group.WORLD
-        assert everyone is not None
-        self._everyone: dist.ProcessGroup = everyone
-        self._expert, self._expert_data = mesh.get_group(EXPERT), mesh.get_group(EXPERT_DATA)
-        self.hops = self._hops(config, num_experts=num_experts)
+        super().__init__()
+        self.link = link or Link()
+        self.layout = Layout(config, model=model, sequence_length=sequence_length, link=self.link)
+        self.rank, self.size = self.layout.rank, self.layout.size
+        self.data_rank, self.data_size = self.layout.data_rank, self.layout.data_size
+        self.hops = self.layout.hops
         """Ways that tokens take to their experts, one after the other; none where all experts are here."""
         self._dispatch: TokenDispatch = AllToAllDispatch(hops=self.hops) if self.hops else LocalDispatch()
         self._wire_bytes = 0
-        self._per_rank = num_experts // expert
-        self._place = self._expert.rank()
+        self._num_rows: dict[str, int] = {}
 
     @property
     def dispatch(self) -> TokenDispatch:
         """How tokens reach their experts."""
         return self._dispatch
 
-    def deal_out_experts(self, model: Transformer) -> None:
-        """Keep the experts that belong here, out of all."""
+    def keep_own(self, model: Transformer) -> None:
+        """Let go of the layers and experts that belong to others."""
+        stages, held = self.layout.stages, self.layout.held_stages
+        last = len(stages.layers) - 1
+        model.keep_only(
+            [layer for stage in held for layer in stages.layers[stage]],
+            embedding=self.layout.pipeline_rank in stages.holders("embed_tokens"),
+            end=last in held,
+        )
+        own = slice(self.layout.first_row(".experts."), None)
         for module in model.modules():
             if isinstance(module, Experts):
                 for name, parameter in module.named_parameters():
-                    setattr(module, name, torch.nn.Parameter(self._own(parameter.data).clone()))
+                    kept = parameter.data[own][: self.layout.experts_per_rank].clone()
+                    setattr(module, name, nn.Parameter(kept))
+
+    def own_rows(self, parameters: Mapping[str, Tensor]) -> dict[str, slice]:
+        """Return for each parameter that is here the rows whose optimizer state belongs here."""
+        if not self.layout.config.zero:
+            return super().own_rows(parameters)
+        self._num_rows = {name: len(parameter) for name, parameter in parameters.items()}
+        return {
+            name: _share(len(parameter), place=sharers.place, size=sharers.size)
+            for name, parameter in parameters.items()
+            for sharers in [self.layout.sharers(name)]
+        }
+
+    def run(self, work: ChunkWork, *, num_layers: int, num_micro_batches: int, room: Room) -> None:
+        """Go forward and backward with all micro-batches, in the order of the schedule."""
+        del num_layers
+        schedule = make_schedule(self.layout.config, num_micro_batches=num_micro_batches)
+        messages = None
+        if schedule.num_ranks > 1:
+            messages = Messages(schedule=schedule, group=self.layout.pipeline, link=self.link, room=room)
+        Pipeline(
+            schedule=schedule,
+            rank=self.layout.pipeline_rank,
+            layers=self.layout.stages.layers,
+            work=work,
+            messages=messages,
+            trace=self.trace,
+        ).run()
+
+    def run_forward(self, steps: Layers, *, num_layers: int, room: Room) -> list[tuple[range, ModelOutput]]:
+        """Go forward with one micro-batch, stage after stage; return those that are here and what each has made."""
+        del num_layers
+        stages, route = self.layout.stages.layers, self.layout.stages.routes[0]
+        group, here = self.layout.pipeline, self.layout.pipeline_rank
+        found: list[tuple[range, ModelOutput]] = []
+        hidden: Tensor | None = None
+        leaving: list[tuple[dist.Work | None, Tensor]] = []
+        for stage, (layers, rank) in enumerate(zip(stages, route, strict=True)):
+            if rank != here:
+                continue
+            if stage and route[stage - 1] != here:
+                hidden = room(0)
+                with self.link.waiting():
+                    dist.recv(hidden, group=group, group_src=route[stage - 1])
+            output = run_through(steps(layers, hidden))
+            found.append((layers, output))
+            hidden = output.before_norm.contiguous()
+            if stage + 1 < len(stages) and route[stage + 1] != here:
+                leaving.append((dist.isend(hidden, group=group, group_dst=route[stage + 1]), hidden))
+        with self.link.waiting():
+            for work, _ in leaving:
+                assert work is not None
+                work.wait()
+        return found
+
+    @property
+    def fewest_micro_batches(self) -> int:
+        """Micro-batches that a run needs at least."""
+        return fewest_micro_batches(self.layout.config)
+
+    def require_micro_batches(self, number: int) -> None:
+        """Refuse a number of micro-batches that the schedule cannot work with.
+
+        Raises:
+            ConfigError: says which numbers it can work with.
+        """
+        make_schedule(self.layout.config, num_micro_batches=number)
 
     def total(self, values: Sequence[int | float]) -> list[float]:
         """Return each number summed over all ranks, in FP64."""
         sums = torch.tensor(list(values), dtype=torch.float64)
-        dist.all_reduce(sums)
+        with self.link.waiting():
+            dist.all_reduce(sums)
         return sums.tolist()
 
-    def total_loads(self, loads: Sequence[Int[Tensor, " expert"]]) -> list[Int[Tensor, " expert"]]:
-        """Return expert loads summed over all ranks."""
-        if not loads:
-            return []
-        sums = torch.stack(list(loads))
-        dist.all_reduce(sums)
-        return list(sums)
+    def total_over_data(self, values: Sequence[int | float]) -> list[float]:
+        """Return each number summed over the ranks that read different rows, in FP64."""
+        counts = self.layout.pipeline_rank == 0
+        return self.total([value if counts else 0 for value in values])
+
+    def total_over_pipeline(self, values: Sequence[int | float]) -> list[float]:
+        """Return each number summed over the ranks that read the same rows, in FP64."""
+        sums = torch.tensor(list(values), dtype=torch.float64)
+        with self.link.waiting():
+            dist.all_reduce(sums, group=self.layout.pipeline)
+        return sums.tolist()
+
+    def total_loads(self, loads: Int[Tensor, "layer expert"], *, over_data: bool = True) -> Int[Tensor, "layer expert"]:
+        """Return expert loads summed over all ranks, or with `over_data` False over those that read the same rows."""
+        sums = loads.clone()
+        with self.link.waiting():
+            dist.all_reduce(sums, group=None if over_data else self.layout.pipeline)
+        return sums
+
+    def lacking(self, names: Sequence[str], *, gradients: Mapping[str, Tensor]) -> list[str]:
+        """Return the parameters that have no gradient here and one on another rank that holds them.
+
+        Such as the embedding beside the last stage, on rows of which MTP modules have read nothing.
+        """
+        found = []
+        for sharers in self.layout.in_order:
+            if sharers.num_pipeline_ranks > 1:
+                mine = sorted(name for name in names if self.layout.sharers(name) is sharers)
+                has = torch.tensor([name in gradients for name in mine], dtype=torch.uint8)
+                anywhere = has.clone()
+                with self.link.waiting():
+                    dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=sharers.group)
+                found += [name for name, one in zip(mine, (anywhere > has).tolist(), strict=True) if one]
+        return found
 
     def reduce_gradients(self, gradients: Mapping[str, Tensor]) -> None:
-        """Sum gradients, in place, over the ranks that hold the same weights."""
-        for group, mine in self._by_group(gradients):
-            if mine and group.size() > 1:
-                flat = torch.cat([gradient.reshape(-1) for gradient in mine])
-                dist.all_reduce(flat, group=group)
-                for gradient, total in zip(mine, flat.split([one.numel() for one in mine]), strict=True):
-                    gradient.copy_(total.view_as(gradient))
+        """Sum gradients, in place, over the ranks that hold the same weights.
+
+        Where these share the optimizer's state, only the sums of a rank's own rows are made: the others keep what they
+        had, which is of no use.
+        """
+        for sharers, named in self._by_sharers(gradients):
+            if self.layout.config.zero:
+                self._reduce_own_rows(named, sharers=sharers)
+                continue
+            flat = torch.cat([gradient.reshape(-1) for gradient in named.values()])
+            with self.link.waiting():
+                dist.all_reduce(flat, group=sharers.group)
+            sums = flat.split([gradient.numel() for gradient in named.values()])
+            for gradient, total in zip(named.values(), sums, strict=True):
+                gradient.copy_(total.view_as(gradient))
 
     def gradient_norm(self, gradients: Mapping[str, Tensor]) -> float:
-        """Return the Euclidean norm of all gradients of all ranks as one vector, each weight counted once."""
-        (_, shared), (_, experts) = self._by_group(gradients)
-        squares = torch.stack([_square(shared), _square(experts)])
-        # Reduced, gradients of shared weights are the same on all ranks; those of experts are each rank's own.
-        dist.all_reduce(squares[1:], group=self._expert)
-        return squares.sum().sqrt().item()
+        """Return the Euclidean norm of all gradients of all ranks as one vector, each weight counted once.
+
+        `gradients` are those of the rank's own rows.
+        """
+        square = torch.zeros((), dtype=torch.float64)
+        by_copies: dict[int, list[Tensor]] = {}
+        for name, gradient in gradients.items():
+            copies = 1 if self.layout.config.zero else self.layout.sharers(name).size
+            by_copies.setdefault(copies, []).append(gradient)
+        for copies, mine in by_copies.items():
+            square += torch.stack(torch._foreach_norm(mine)).double().square().sum() / copies
+        with self.link.waiting():
+            dist.all_reduce(square)
+        return square.sqrt().item()
+
+    @torch.no_grad()
+    def share_weights(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Give the rows that were stepped here to all ranks that hold the same parameters, and take theirs."""
+        if self.layout.config.zero:
+            own = self.own_rows(parameters)
+            rows = {name: parameter.data[own[name]] for name, parameter in parameters.items()}
+            whole = self._gather_rows(rows, like=parameters)
+            for name, parameter in parameters.items():
+                parameter.data.copy_(whole[name])
+
+    def whole_rows(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what is kept for own rows alone, for all rows of each parameter that is here."""
+        if not self.layout.config.zero:
+            return dict(tensors)
+        like = {name: tensor.new_empty(self._num_rows[name], *tensor.shape[1:]) for name, tensor in tensors.items()}
+        return self._gather_rows(tensors, like=like)
 
     def take_wire_bytes(self) -> int:
         """Return what dispatch and combine have sent from here, forward, since this was asked last."""
@@ -158,61 +351,80 @@ class Ranks(Alone):
     def gather(self, value: Any) -> list[Any]:
         """Return what every rank has given."""
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
+        with self.link.waiting():
+            dist.all_gather_object(found, value)
         return found
 
-    def whole_experts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors named as parameters with the experts of all ranks in them."""
-        whole = {}
-        for name, tensor in tensors.items():
-            if is_expert(name):
-                parts = [torch.empty_like(tensor) for _ in range(self._expert.size())]
-                dist.all_gather(parts, tensor.contiguous(), group=self._expert)
-                whole[name] = torch.cat(parts)
-            else:
-                whole[name] = tensor
+    def gather_numbers(self, value: float) -> list[float]:
+        """Return the number that every rank has given."""
+        return self.total([value if rank == self.rank else 0.0 for rank in range(self.size)])
+
+    def first_row(self, name: str) -> int:
+        """Return which row of the whole model's parameter the first row here is."""
+        return self.layout.first_row(name)
+
+    def num_rows(self, name: str, *, here: int) -> int:
+        """Return how many rows the whole model's parameter has, of which so many are here."""
+        return here * self.layout.config.expert if is_expert(name) else here
+
+    def writes(self, name: str) -> bool:
+        """Whether this is the rank that writes a parameter or buffer down, of those that hold the same."""
+        return self.layout.writes(name)
+
+    def _by_sharers(self, tensors: Mapping[str, Tensor]) -> list[tuple[Sharers, dict[str, Tensor]]]:
+        """Return tensors with those that hold them too, in an order that all of these share; none that nobody has."""
+        found: dict[int, tuple[Sharers, dict[str, Tensor]]] = {}
+        for name, tensor in sorted(tensors.items()):
+            sharers = self.layout.sharers(name)
+            if sharers.size > 1:
+                found.setdefault(id(sharers), (sharers, {}))[1][name] = tensor
+        return [found[id(sharers)] for sharers in self.layout.in_order if id(sharers) in found]
+
+    def _reduce_own_rows(self, gradients: Mapping[str, Tensor], *, sharers: Sharers) -> None:
+        parts = [
+            torch.cat(
+                [
+                    gradient[_share(len(gradient), place=place, size=sharers.size)].reshape(-1)
+                    for gradient in gradients.values()
+                ]
+            )
+            for place in range(sharers.size)
+        ]
+        room = max(len(part) for part in parts)
+        padded = torch.cat([nn.functional.pad(part, (0, room - len(part))) for part in parts])
+        total = padded.new_empty(room)
+        with self.link.waiting():
+            dist.reduce_scatter_tensor(total, padded, group=sharers.group)
+        own = [
+            gradient[_share(len(gradient), place=sharers.place, size=sharers.size)] for gradient in gradients.values()
+        ]
+        for rows, sums in zip(
+            own, total[: len(parts[sharers.place])].split([rows.numel() for rows in own]), strict=True
+        ):
+            rows.copy_(sums.view_as(rows))
+
+    def _gather_rows(self, rows: Mapping[str, Tensor], *, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors as large as those of `like`, made of the rows that each rank has."""
+        whole = {name: tensor for name, tensor in rows.items() if self.layout.sharers(name).size == 1}
+        for sharers, named in self._by_sharers(rows):
+            counts = [
+                sum(like[name][_share(len(like[name]), place=place, size=sharers.size)].numel() for name in named)
+                for place in range(sharers.size)
+            ]
+            mine = torch.cat([tensor.reshape(-1) for tensor in named.values()])
+            sent = nn.functional.pad(mine, (0, max(counts) - len(mine)))
+            received = sent.new_empty(sharers.size * max(counts))
+            with self.link.waiting():
+                dist.all_gather_into_tensor(received, sent, group=sharers.group)
+            for name in named:
+                whole[name] = torch.empty_like(like[name], dtype=sent.dtype)
+            for place, (part, count) in enumerate(zip(received.split(max(counts)), counts, strict=True)):
+                targets = [whole[name][_share(len(whole[name]), place=place, size=sharers.size)] for name in named]
+                for target, values in zip(targets, part[:count].split([t.numel() for t in targets]), strict=True):
+                    target.copy_(values.view_as(target))
         return whole
 
-    def own_experts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors named as parameters with only the experts that belong here."""
-        return {name: self._own(tensor) if is_expert(name) else tensor for name, tensor in tensors.items()}
 
-    def _hops(self, config: ParallelConfig, *, num_experts: int) -> tuple[Hop, ...]:
-        """Return one hop to the ranks that hold experts, or two: to their nodes, then within these."""
-        expert = config.expert
-        if expert == 1:
-            return ()
-        out, back = (FP8, BF16) if config.wire == "fp8" else (AS_COMPUTED, AS_COMPUTED)
-        per_node = config.ranks_per_node or ranks_on_this_machine()
-        own = num_experts // expert
-        if per_node >= expert or per_node == 1:
-            return (Hop(group=self._expert, experts_per_rank=own, out=out, back=back),)
-        if expert % per_node:
-            raise ConfigError(
-                f"parallel.expert = {expert} ranks share the experts and do not fill nodes of {per_node}; use a "
-                f"multiple of {per_node}, or set parallel.ranks_per_node"
-            )
-        shape = (self.size // expert, expert // per_node, per_node)
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=(EXPERT_DATA, NODE, IN_NODE))
-        return (
-            Hop(group=mesh.get_group(NODE), experts_per_rank=own * per_node, out=out, back=back),
-            Hop(group=mesh.get_group(IN_NODE), experts_per_rank=own, out=out, back=back),
-        )
-
-    def _own(self, tensor: Tensor) -> Tensor:
-        return tensor[self._place * self._per_rank : (self._place + 1) * self._per_rank]
-
-    def _by_group(self, gradients: Mapping[str, Tensor]) -> list[tuple[dist.ProcessGroup, list[Tensor]]]:
-        shared = [gradient for name, gradient in gradients.items() if not is_expert(name)]
-        experts = [gradient for name, gradient in gradients.items() if is_expert(name)]
-        return [(self._everyone, shared), (self._expert_data, experts)]
-
-
-def is_expert(name: str) -> bool:
-    """Whether a parameter is the routed experts of a layer."""
-    return ".experts." in name
-
-
-def _square(tensors: list[Tensor]) -> Tensor:
-    norms = torch._foreach_norm(tensors)
-    return torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64)
+def _share(count: int, *, place: int, size: int) -> slice:
+    """Return the rows, of so many, that fall to one of `size` ranks."""
+    return slice(count * place // size, count * (place + 1) // size)

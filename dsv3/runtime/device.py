@@ -8,7 +8,7 @@ import torch
 from dsv3.errors import ConfigError
 from dsv3.runtime.log import say_once
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 def choose_device(name: str) -> torch.device:

@@ -43,13 +43,19 @@ class WeightAverage:
             tensor.copy_(average[name])
 
     @contextmanager
-    def in_place_of(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-        """Put the average into the model while the block runs, and the very same weights back after it."""
+    def in_place_of(
+        self, parameters: Mapping[str, nn.Parameter], *, average: Mapping[str, Tensor] | None = None
+    ) -> Iterator[None]:
+        """Put the average into the model while the block runs, and the very same weights back after it.
+
+        Where it is kept for some rows alone, `average` has all of them.
+        """
         assert self.updates > 0, "there is no average before the first step"
         live = {name: parameters[name].data for name in self.average}
+        average = average or self.average
         try:
             for name, weight in live.items():
-                parameters[name].data = self.average[name].to(weight.device, weight.dtype)
+                parameters[name].data = average[name].to(weight.device, weight.dtype)
             yield
         finally:
             for name, weight in live.items():

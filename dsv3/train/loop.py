@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from dsv3.batch import TokenBatch
 from dsv3.checkpoint.published import save_published
-from dsv3.checkpoint.snapshot import latest_snapshot
+from dsv3.checkpoint.snapshot import Saving, latest_snapshot
 from dsv3.config import PretrainConfig
 from dsv3.data.loader import RowLoader
 from dsv3.data.prepare import prepare_corpus
@@ -21,14 +22,16 @@ from dsv3.model.transformer import Transformer
 from dsv3.native import choose_cpu_kernels
 from dsv3.parallel.launch import open_ranks
 from dsv3.parallel.ranks import Alone
+from dsv3.parallel.trace import write_trace
 from dsv3.runtime.device import choose_device, set_threads
 from dsv3.runtime.log import get_logger, say_once
 from dsv3.train.event import EventCallback, TrainEvent
+from dsv3.train.health import HangWatch, SpikeFinder, StragglerFinder
 from dsv3.train.metrics import MetricsLog, UnwrittenLog
 from dsv3.train.resume import new_state, restore_state, whole_model, write_state
 from dsv3.train.run_folder import open_run_folder
 from dsv3.train.schedule import batch_sequences, mtp_loss_weight, total_steps
-from dsv3.train.step import TrainState, train_step
+from dsv3.train.step import StepMetrics, TrainState, train_step
 from dsv3.train.stop import stop_on_signals
 from dsv3.train.validation import HeldOut, ValidationResult, read_held_out, validate
 
@@ -80,7 +83,7 @@ def pretrain(
         NonFiniteError: a loss or gradient was NaN or infinite; nothing after the last good step was kept.
         TrainingError: the run folder cannot be written, or another process trains in it.
     """
-    with open_ranks(config.parallel, num_experts=config.model.n_routed_experts) as ranks:
+    with open_ranks(config.parallel, model=config.model, sequence_length=config.batch.sequence_length) as ranks:
         _require_shares(config, ranks=ranks)
         notify = (on_event if ranks.rank == 0 else None) or _ignore
         with ExitStack() as held:
@@ -115,9 +118,14 @@ def _train(
                     run.validate()
                 if run.is_time_to(config.snapshot.every_steps):
                     run.save()
-                stopping = sum(ranks.total([stop.requested])) > 0  # Signals do not reach all ranks in the same step.
+                # Signals do not reach all ranks in the same step, nor are their files written in the same one.
+                wants_stop, unwritten = ranks.total([stop.requested, not run.is_written])
+                stopping = wants_stop > 0
+                if not unwritten:
+                    run.finish_saving()
             if not run.is_saved:
                 run.save()
+            run.finish_saving()
         export = run.export() if run.finished else None
         return PretrainResult(
             folder=folder,
@@ -144,9 +152,16 @@ class _Run:
     log: MetricsLog
     notify: EventCallback
     total_steps: int
+    watch: HangWatch
+    spikes: SpikeFinder
+    stragglers: StragglerFinder
     sampler: Sampler | None = None
     snapshot: Path | None = None
     saved_step: int = 0
+    steps_taken: int = 0
+    """By this call."""
+    saving: Saving | None = None
+    """The snapshot that is being written."""
     validation: ValidationResult | None = None
 
     @classmethod
@@ -168,6 +183,7 @@ class _Run:
                 "no document was held out, so there is no validation; raise data.held_out_rate in a new run to have one"
             )
         log = MetricsLog(folder, resumed_step=state.step) if ranks.rank == 0 else UnwrittenLog()
+        watch = HangWatch(config.health, folder=folder, rank=ranks.rank)
         run = cls(
             config=config,
             folder=folder,
@@ -180,13 +196,18 @@ class _Run:
             total_steps=total_steps(config),
             snapshot=newest,
             saved_step=state.step,
+            watch=watch,
+            spikes=SpikeFinder(config.health),
+            stragglers=StragglerFinder(config.health),
         )
         if newest is not None:
             get_logger(__name__).info("going on after step %d, from %s", state.step, newest)
             run.tell("resume", metrics={"path": str(newest)})
+        watch.wind_up()
         try:
             yield run
         finally:
+            watch.close()
             log.close()
 
     @property
@@ -202,11 +223,66 @@ class _Run:
         """Whether something done every so many steps is due; everything is after the last step."""
         return self.state.step % every_steps == 0 or self.finished
 
+    @property
+    def is_written(self) -> bool:
+        """Whether no file of a snapshot is still being written by this rank."""
+        return self.saving is None or self.saving.is_written
+
     def step(self) -> None:
         """Read a batch and take one step on it."""
-        started = time.perf_counter()
-        metrics = train_step(self.state, batches=self.next_batches())
-        self.tell("step", metrics=self.log.step(metrics, seconds=time.perf_counter() - started))
+        ranks, first_row = self.state.ranks, self.state.tokens // self.config.batch.sequence_length
+        waited, started = ranks.link.waited_seconds, time.perf_counter()
+        ranks.trace.is_on = 1 <= self.steps_taken <= self.config.parallel.trace_steps
+        batches = self.next_batches()
+        try:
+            metrics = train_step(self.state, batches=batches)
+        except NonFiniteError as error:
+            if self.config.health.on_non_finite == "stop":
+                raise
+            self._pass_over(batches, told=str(error))
+            return
+        seconds = time.perf_counter() - started
+        computed = ranks.gather_numbers(seconds - (ranks.link.waited_seconds - waited))
+        self.steps_taken += 1
+        self.watch.wind_up()
+        self.tell("step", metrics=self.log.step(metrics, seconds=seconds, rank_seconds=computed))
+        self._look_after(metrics, computed=computed, first_row=first_row)
+        if ranks.trace.is_on and self.steps_taken > self.config.parallel.trace_steps:
+            self._write_traces()
+
+    def _pass_over(self, batches: list[TokenBatch], *, told: str) -> None:
+        """Go on behind a step that cannot be taken."""
+        state = self.state
+        [tokens] = state.ranks.total_over_data([sum(batch.num_tokens for batch in batches)])
+        state.step, state.tokens = state.step + 1, state.tokens + int(tokens)
+        self.watch.wind_up()
+        self.log.incident("skipped", step=state.step, told=told)
+        get_logger(__name__).warning("%s; its rows are passed over (health.on_non_finite=skip)", told)
+
+    def _look_after(self, metrics: StepMetrics, *, computed: list[float], first_row: int) -> None:
+        """Write down what is not as it should be."""
+        rows = range(first_row, first_row + metrics.batch_sequences)
+        if (expected := self.spikes.add(metrics.loss)) is not None:
+            told = (
+                f"the loss is {metrics.loss:.4g} where {expected:.4g} was expected, in {self.state.describe_rows(rows)}"
+            )
+            self.log.incident("spike", step=metrics.step, told=told)
+            get_logger(__name__).warning("step %d: %s", metrics.step, told)
+        for rank in self.stragglers.add(computed):
+            told = f"rank {rank} computes {computed[rank]:.3g} s a step, the median rank {median(computed):.3g} s"
+            self.log.incident("straggler", step=metrics.step, told=told)
+            get_logger(__name__).warning("step %d: %s", metrics.step, told)
+
+    def _write_traces(self) -> None:
+        """Write when each rank did what in the traced steps."""
+        ranks = self.state.ranks
+        events = dict(enumerate(ranks.gather(ranks.trace.events)))
+        if ranks.rank == 0:
+            path = self.folder / "traces" / f"step-{self.state.step:06d}.json"
+            path.parent.mkdir(exist_ok=True)
+            write_trace(events, path=path)
+            get_logger(__name__).info("when each rank did what is in %s: open it with ui.perfetto.dev", path)
+        ranks.trace.events.clear()
 
     def next_batches(self) -> list[TokenBatch]:
         """Return this rank's micro-batches of the next step.
@@ -214,12 +290,13 @@ class _Run:
         Rows are read in order, so the tokens seen say which are next.
         """
         batch, state, ranks = self.config.batch, self.state, self.state.ranks
-        at_once = batch.micro_batch_sequences * ranks.size
+        at_once = batch.micro_batch_sequences * ranks.data_size
         start = state.tokens // batch.sequence_length
         end = start + batch_sequences(batch, tokens=state.tokens)
-        device = state.model.lm_head.weight.device
         return [
-            self.loader.batch(first, count=min(at_once, end - first), rank=ranks.rank, world_size=ranks.size).to(device)
+            self.loader.batch(
+                first, count=min(at_once, end - first), rank=ranks.data_rank, world_size=ranks.data_size
+            ).to(state.model.device)
             for first in range(start, end, at_once)
         ]
 
@@ -228,12 +305,12 @@ class _Run:
         state = self.state
         if self.held_out is not None:
             mtp = mtp_loss_weight(self.config.mtp, tokens=state.tokens) > 0
-            through = state.ranks.dispatch
-            self.validation = validate(state.model, held_out=self.held_out, mtp=mtp, dispatch=through)
+            self.validation = validate(state.model, held_out=self.held_out, mtp=mtp, ranks=state.ranks)
             averaged = None
             if state.average is not None:
-                with state.average.in_place_of(state.optimizer.parameters):
-                    averaged = validate(state.model, held_out=self.held_out, mtp=False, dispatch=through)
+                average = state.ranks.whole_rows(state.average.average)
+                with state.average.in_place_of(state.optimizer.parameters, average=average):
+                    averaged = validate(state.model, held_out=self.held_out, mtp=False, ranks=state.ranks)
             record = self.log.validation(self.validation, step=state.step, tokens=state.tokens, average=averaged)
             self.tell("validation", metrics=record)
         if self.sampler is not None and state.ranks.size > 1:
@@ -245,22 +322,31 @@ class _Run:
                 self.tell("sample", metrics=self.log.sample(step=state.step, prompt=prompt, text=text))
 
     def save(self) -> None:
-        """Write a snapshot, after the metrics that it is to find on the disk."""
+        """Begin a snapshot, after the metrics that it is to find on the disk; wait for it unless training may go on."""
+        self.finish_saving()
         self.log.force_to_disk()
-        self.snapshot = write_state(self.state, folder=self.folder / "snapshots", corpus=self.corpus)
+        self.saving = write_state(self.state, folder=self.folder / "snapshots", corpus=self.corpus)
         self.saved_step = self.state.step
-        self.tell("snapshot", metrics={"path": str(self.snapshot)})
+        if not self.config.snapshot.in_background:
+            self.finish_saving()
+
+    def finish_saving(self) -> None:
+        """Wait for the snapshot that is being written, if there is one."""
+        if self.saving is not None:
+            saving, self.saving = self.saving, None
+            self.snapshot = saving.finish()
+            self.tell("snapshot", metrics={"path": str(self.snapshot)})
 
     def export(self) -> Path:
         """Write the finished model in the published format, unless an earlier call has."""
         folder = self.folder / "export"
-        model = whole_model(self.state)
-        if model is not None and not (folder / "config.json").exists():
+        if self.state.ranks.rank == 0 and not (folder / "config.json").exists():
+            assert self.snapshot is not None
             save_published(
-                model,
+                whole_model(self.state, path=self.snapshot),
                 folder=folder,
                 tokenizer_folder=self.corpus.tokenizer_folder,
-                dtype=model.lm_head.weight.dtype,
+                dtype=self.state.model.dtype,
             )
         self.state.ranks.gather(None)  # It is there for all of them.
         self.tell("export", metrics={"path": str(folder)})
@@ -281,18 +367,30 @@ def _require_shares(config: PretrainConfig, *, ranks: Alone) -> None:
     """
     if ranks.size > 1 and choose_device(config.runtime.device).type != "cpu":
         raise ConfigError(f"{ranks.size} ranks train on CPUs only so far; set runtime.device=cpu, or use one rank")
-    grows = config.batch.start_sequences != config.batch.final_sequences
+    batch, shares = config.batch, ranks.data_size
+    grows = batch.start_sequences != batch.final_sequences
     wrong = [
         f"batch.{name} = {number}"
         for name in ("start_sequences", "final_sequences", *(["multiple_of"] if grows else []))
-        if (number := getattr(config.batch, name)) % ranks.size
+        if (number := getattr(batch, name)) % shares
     ]
     if wrong:
-        nearest = -(-config.batch.multiple_of // ranks.size) * ranks.size
+        nearest = -(-batch.multiple_of // shares) * shares
         raise ConfigError(
-            f"the rows of a step do not divide over {ranks.size} ranks: {', '.join(wrong)}; use multiples of "
-            f"{ranks.size}, as in batch.multiple_of={nearest}, or another number of ranks"
+            f"the rows of a step do not divide over {shares} ranks that read different ones: {', '.join(wrong)}; use "
+            f"multiples of {shares}, as in batch.multiple_of={nearest}, or another number of ranks"
         )
+    at_once = batch.micro_batch_sequences * shares
+    for rows in sorted(
+        {*range(batch.start_sequences, batch.final_sequences, batch.multiple_of), batch.final_sequences}
+    ):
+        try:
+            ranks.require_micro_batches(-(-rows // at_once))
+        except ConfigError as error:
+            raise ConfigError(
+                f"a step of {rows} rows, {batch.micro_batch_sequences} to a micro-batch (batch.micro_batch_sequences), "
+                f"on each of {shares} pipelines: {error}; change one of them, or parallel.schedule"
+            ) from error
 
 
 def describe_rows(rows: range, *, loader: RowLoader) -> str:

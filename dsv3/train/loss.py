@@ -59,16 +59,18 @@ def pretraining_loss(
     whole: WholeBatch,
     mtp_weight: float,
     balance: BalanceConfig,
+    is_last: bool = True,
 ) -> LossParts:
     """Return the loss of one micro-batch as its share of the whole batch's.
+
+    `output` may be of some layers alone, which with `is_last` False are not those that the head reads: then all they
+    add is the balance loss of their own experts.
 
     Every MTP module divides by the number of the MAIN model's targets, though it has one fewer a row and depth
     (eq. 24: 1/T before a sum over T - k terms). Main model and MTP modules share the output head.
 
     Source: report 2.2, eq. 24-25; the plain sum of the three parts is implied.
     """
-    next_token = _cross_entropy(model, hidden=output.hidden, batch=batch) / whole.num_targets
-    mtp = tuple(_cross_entropy(model, hidden=one.hidden, batch=one.batch) / whole.num_targets for one in output.mtp)
     even = balance_loss(
         output,
         config=balance,
@@ -76,6 +78,10 @@ def pretraining_loss(
         num_sequences=whole.num_sequences,
         whole_batch_counts=whole.plain_top_k,
     )
+    if not is_last:
+        return LossParts(total=even, next_token=even.new_zeros(()), mtp=(), balance=even)
+    next_token = _cross_entropy(model, hidden=output.hidden, batch=batch) / whole.num_targets
+    mtp = tuple(_cross_entropy(model, hidden=one.hidden, batch=one.batch) / whole.num_targets for one in output.mtp)
     total = next_token + even
     for part in mtp:
         total = total + mtp_weight / len(mtp) * part

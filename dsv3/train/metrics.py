@@ -7,6 +7,7 @@ stands there twice.
 import json
 import math
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,11 @@ class MetricsLog:
         if resumed_step:
             self._write({"kind": "resume", "step": resumed_step})
 
-    def step(self, metrics: StepMetrics, *, seconds: float) -> dict[str, Any]:
-        """Record a step, and on some steps the load of every expert."""
+    def step(self, metrics: StepMetrics, *, seconds: float, rank_seconds: Sequence[float] = ()) -> dict[str, Any]:
+        """Record a step, and on some steps the load of every expert.
+
+        Of several ranks, `rank_seconds` says how long each has computed, and not waited for others.
+        """
         record = {
             "kind": "step",
             "step": metrics.step,
@@ -56,6 +60,12 @@ class MetricsLog:
             "seconds": seconds,
             "tokens_per_second": metrics.batch_tokens / seconds,
         }
+        if len(rank_seconds) > 1:
+            record |= {
+                "rank_seconds": list(rank_seconds),
+                "rank_loss": list(metrics.rank_loss),
+                "rank_grad_norm": list(metrics.rank_gradient_norm),
+            }
         self._write(record)
         if metrics.step == 1 or metrics.step % LOAD_EVERY_STEPS == 0:
             self._write({"kind": "load", "step": metrics.step, "load": [load.tolist() for load in metrics.load]})
@@ -88,6 +98,10 @@ class MetricsLog:
         print(json.dumps(record, ensure_ascii=False), file=self._samples, flush=True)
         self._board.add_text(f"sample/{prompt.strip()}", text, step=step)
         return record
+
+    def incident(self, kind: str, *, step: int, told: str) -> None:
+        """Record something that is not as it should be."""
+        self._write({"kind": kind, "step": step, "message": told})
 
     def force_to_disk(self) -> None:
         """Wait until all lines are on the disk: done before a snapshot, which promises that they are there."""

@@ -61,14 +61,23 @@ class _Piece:
 class AdamW:
     """AdamW over named parameters. Weight decay is decoupled, and skips parameters with fewer than two dims.
 
-    A parameter in FP32 is its own master copy; one of a narrower type gets a separate FP32 master, from which it is
-    rounded after each step, and an FP32 buffer that sums the gradients of micro-batches.
+    A parameter in FP32 (or FP64) is its own master copy; one of a narrower type gets a separate FP32 master, from which
+    it is rounded after each step, and an FP32 buffer that sums the gradients of micro-batches.
+
+    `own` names the rows of each parameter that are stepped here, where others step the rest (ZeRO-1): masters and
+    moments are of these alone.
 
     Raises:
         ConfigError: a parameter is in FP8.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], *, config: OptimConfig) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        *,
+        config: OptimConfig,
+        own: Mapping[str, slice] | None = None,
+    ) -> None:
         self.config = config
         self.steps = 0
         named = dict(parameters)
@@ -79,8 +88,11 @@ class AdamW:
                 "smaller than what FP8 rounds away. Load the model with dtype 'float32' or 'bfloat16' to train it"
             )
         self.parameters = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+        self._own = {name: slice(None) for name in self.parameters} | dict(own or {})
         self.master = {
-            name: parameter.data if parameter.dtype == torch.float32 else parameter.detach().float()
+            name: parameter.data[self._own[name]]
+            if _is_wide(parameter)
+            else parameter.detach()[self._own[name]].float()
             for name, parameter in self.parameters.items()
         }
         self._summed: dict[str, Tensor] = {}
@@ -91,15 +103,15 @@ class AdamW:
         for decays in (True, False):
             queue: list[tuple[str, int, int]] = []
             room = 0
-            device = torch.device("cpu")
+            device, dtype = torch.device("cpu"), torch.float32
             for name, weight in self.master.items():
                 if (weight.dim() >= 2) is not decays:
                     continue
                 start = 0
                 while start < weight.numel():
-                    if room == 0 or weight.device != device:
+                    if room == 0 or (weight.device, weight.dtype) != (device, dtype):
                         stretches += self._stretch(queue, decays=decays, device=device)
-                        queue, device = [], weight.device
+                        queue, device, dtype = [], weight.device, weight.dtype
                         room = STRETCH_ELEMENTS.get(device.type, STRETCH_ELEMENTS["cpu"])
                     end = min(start + room, weight.numel())
                     queue.append((name, start, end))
@@ -118,19 +130,33 @@ class AdamW:
 
     @torch.no_grad()
     def accumulate(self) -> None:
-        """Move the gradients of a micro-batch into FP32. FP32 parameters need nothing: autograd adds in place."""
+        """Move the gradients of a micro-batch into FP32. Wide parameters need nothing: autograd adds in place."""
         for name, parameter in self.parameters.items():
-            if parameter.dtype != torch.float32 and parameter.grad is not None:
+            if not _is_wide(parameter) and parameter.grad is not None:
                 if name not in self._summed:
-                    self._summed[name] = torch.zeros_like(self.master[name])
+                    self._summed[name] = torch.zeros_like(parameter, dtype=torch.float32)
                 self._summed[name] += parameter.grad
                 parameter.grad = None
 
     @property
     def gradients(self) -> dict[str, Tensor]:
-        """The FP32 gradients summed so far, of the parameters that have any."""
-        own = {name: p.grad for name, p in self.parameters.items() if p.grad is not None and p.dtype == torch.float32}
-        return own | self._summed
+        """The FP32 gradients summed so far, of the parameters that have any, and of all their rows."""
+        wide = {name: p.grad for name, p in self.parameters.items() if p.grad is not None and _is_wide(p)}
+        return wide | self._summed
+
+    @property
+    def own_gradients(self) -> dict[str, Tensor]:
+        """The same, of the rows that are stepped here."""
+        return {name: gradient[self._own[name]] for name, gradient in self.gradients.items()}
+
+    def make_zero_gradients(self, names: Iterable[str]) -> None:
+        """Give parameters gradients of zero."""
+        for name in names:
+            parameter = self.parameters[name]
+            if _is_wide(parameter):
+                parameter.grad = torch.zeros_like(parameter)
+            else:
+                self._summed[name] = torch.zeros_like(parameter, dtype=torch.float32)
 
     def forget_gradients(self) -> None:
         """Drop all gradients."""
@@ -142,7 +168,7 @@ class AdamW:
     def divide_gradients(self, scale: float) -> None:
         """Undo a loss scale."""
         if scale != 1:
-            torch._foreach_mul_(list(self.gradients.values()), 1 / scale)
+            torch._foreach_mul_(list(self.own_gradients.values()), 1 / scale)
 
     @torch.no_grad()
     def step(self, *, learning_rate: float, gradient_norm: float) -> None:
@@ -152,7 +178,7 @@ class AdamW:
         is not.
         A parameter without a gradient is left as it is.
         """
-        gradients = {name: gradient.reshape(-1) for name, gradient in self.gradients.items()}
+        gradients = {name: gradient.reshape(-1) for name, gradient in self.own_gradients.items()}
         scale = min(1.0, self.config.clip_gradient_norm / max(gradient_norm, torch.finfo(torch.float32).tiny))
         step = _step_by_kernel if native.usable(*self.master.values(), *gradients.values()) else _step_by_torch
         for stretch in self._stretches:
@@ -161,11 +187,11 @@ class AdamW:
                 step(stretch, pieces=pieces, steps=self.steps, scale=scale, rate=learning_rate, config=self.config)
         self.steps += 1
         for name, parameter in self.parameters.items():
-            if parameter.dtype != torch.float32:
-                parameter.copy_(self.master[name])
+            if not _is_wide(parameter):
+                parameter[self._own[name]].copy_(self.master[name])
 
     def moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return both moments by parameter name, in the type they are kept in: what a snapshot stores."""
+        """Return both moments of the own rows by parameter name, in the type they are kept in."""
         found = []
         for kind in ("first_moment", "second_moment"):
             flat = {name: torch.empty(weight.numel(), dtype=self._kind) for name, weight in self.master.items()}
@@ -184,15 +210,15 @@ class AdamW:
         self,
         *,
         steps: int,
-        master: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
         first_moment: Mapping[str, Tensor],
         second_moment: Mapping[str, Tensor],
     ) -> None:
-        """Continue from a snapshot: weights, moments and the number of steps taken. Parameters follow their master."""
+        """Continue from a snapshot: all weights in FP32, the moments of the own rows, and the number of steps taken."""
         self.steps = steps
         for name, weight in self.master.items():
-            weight.copy_(master[name])
-            self.parameters[name].copy_(weight)
+            self.parameters[name].copy_(weights[name])
+            weight.copy_(weights[name][self._own[name]])
         for stretch in self._stretches:
             for name, start, end, here in stretch.places():
                 stretch.first_moment[here] = first_moment[name].reshape(-1)[start:end].to(stretch.first_moment)
@@ -226,7 +252,8 @@ def _step_by_kernel(
 def _step_by_torch(
     stretch: _Stretch, *, pieces: list[_Piece], steps: int, scale: float, rate: float, config: OptimConfig
 ) -> None:
-    first, second = stretch.first_moment.float(), stretch.second_moment.float()
+    dtype = pieces[0].weight.dtype
+    first, second = stretch.first_moment.to(dtype), stretch.second_moment.to(dtype)
     slopes = [piece.gradient for piece in pieces]
     adamw(
         [piece.weight for piece in pieces],
@@ -244,6 +271,11 @@ def _step_by_torch(
         eps=config.epsilon,
         maximize=False,
     )
-    if stretch.first_moment.dtype != torch.float32:
+    if stretch.first_moment.dtype != dtype:
         stretch.first_moment.copy_(first)
         stretch.second_moment.copy_(second)
+
+
+def _is_wide(parameter: Tensor) -> bool:
+    """Whether a parameter is stepped as it is."""
+    return parameter.dtype in (torch.float32, torch.float64)

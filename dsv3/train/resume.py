@@ -1,13 +1,13 @@
 """The state of a run, from nothing or from a snapshot, and back into one."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dsv3.checkpoint.snapshot import read_snapshot, save_snapshot
+from dsv3.checkpoint.snapshot import OpenSnapshot, Saving, piece_name, verify_snapshot
 from dsv3.config import PretrainConfig
 from dsv3.data.prepared import PreparedCorpus
 from dsv3.errors import SnapshotError
@@ -30,9 +30,10 @@ def new_state(config: PretrainConfig, *, ranks: Alone | None = None) -> TrainSta
     dtype = choose_dtype(config.runtime.dtype, device=device)
     model = Transformer(config.model)
     model.init_weights(generator=make_generator(config.runtime.seed, stream="weights"))
-    ranks.deal_out_experts(model)
+    ranks.keep_own(model)
     _place(model, device=device, dtype=dtype, in_fp8=config.precision.recipe != "original")
-    optimizer = AdamW(model.named_parameters(), config=config.optim)
+    parameters = dict(model.named_parameters())
+    optimizer = AdamW(parameters.items(), config=config.optim, own=ranks.own_rows(parameters))
     decay = config.optim.ema_decay
     average = WeightAverage(optimizer.master, decay=decay) if decay else None
     return TrainState(config=config, model=model, optimizer=optimizer, average=average, ranks=ranks)
@@ -52,12 +53,12 @@ def _place(model: Transformer, *, device: torch.device, dtype: torch.dtype, in_f
         buffer.data = buffer.data.to(device)
 
 
-def write_state(state: TrainState, *, folder: Path, corpus: PreparedCorpus) -> Path:
-    """Write everything the next step depends on as a snapshot below `folder`, and return its path.
+def write_state(state: TrainState, *, folder: Path, corpus: PreparedCorpus) -> Saving:
+    """Begin to write everything the next step depends on as a snapshot below `folder`; every rank must.
 
     Weights are stored as their FP32 masters. There are no random numbers to keep: initial weights, the order of rows
-    and FIM follow from the seed and from counts. Of several ranks the first writes, with the experts of all, so that a
-    snapshot does not know how many there were; the others come back when it has.
+    and FIM follow from the seed and from counts. Of ranks that hold the same, one writes; a snapshot does not say how
+    many there were.
     """
     first, second = state.optimizer.moments()
     tensors = {"model": state.optimizer.master, "first_moment": first, "second_moment": second}
@@ -65,12 +66,29 @@ def write_state(state: TrainState, *, folder: Path, corpus: PreparedCorpus) -> P
     if state.average is not None:
         tensors["average"] = state.average.average
         counts["average_updates"] = state.average.updates
-    whole = {group: state.ranks.whole_experts(named) for group, named in tensors.items()}
-    whole["model"] |= _buffers(state.model)
-    path = None
-    if state.ranks.rank == 0:
-        path = save_snapshot(folder, step=state.step, tensors=whole, state=counts, policy=state.config.snapshot)
-    return state.ranks.gather(path)[0]
+    written = {group: _own_pieces(state, named) for group, named in tensors.items()}
+    written["model"] |= {name: buffer for name, buffer in _buffers(state.model).items() if state.ranks.writes(name)}
+    return Saving(
+        folder,
+        step=state.step,
+        tensors=written,
+        state=counts,
+        policy=state.config.snapshot,
+        ranks=state.ranks,
+        in_background=state.config.snapshot.in_background,
+    )
+
+
+def _own_pieces(state: TrainState, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what this rank writes of tensors that are kept for its own rows, named as pieces where they are."""
+    own, pieces = state.ranks.own_rows(state.optimizer.parameters), {}
+    for name, tensor in tensors.items():
+        if len(tensor) == 0 or not (state.config.parallel.zero or state.ranks.writes(name)):
+            continue
+        first = state.ranks.first_row(name) + own[name].start
+        is_whole = len(tensor) == state.ranks.num_rows(name, here=len(state.optimizer.parameters[name]))
+        pieces[name if is_whole else piece_name(name, first=first, end=first + len(tensor))] = tensor
+    return pieces
 
 
 @torch.no_grad()
@@ -82,31 +100,46 @@ def restore_state(state: TrainState, *, path: Path, corpus: PreparedCorpus) -> N
     Raises:
         SnapshotError: it is damaged, is of another model, or belongs to a run on another corpus.
     """
-    tensors, counts = read_snapshot(path)
+    if state.ranks.rank == 0:
+        verify_snapshot(path)
+    snapshot = OpenSnapshot(path)
+    counts = snapshot.state
     if counts["corpus"] != fingerprint(corpus):
         raise SnapshotError(
             f"the corpus in {corpus.folder} is not the one that {path} was trained on; put that corpus back, or start "
             "another run with --run FOLDER"
         )
-    wanted = {"model": [*state.optimizer.master, *_buffers(state.model)]}
-    wanted |= {group: list(state.optimizer.master) for group in ("first_moment", "second_moment")}
-    if state.average is not None:
-        wanted["average"] = list(state.average.average)
-    for group, names in wanted.items():
-        _require_names(path, group=group, found=tensors.get(group, {}), wanted=names)
+    parameters = state.optimizer.parameters
+    groups = ["first_moment", "second_moment", *(["average"] if state.average is not None else [])]
+    alone = state.ranks.size == 1  # or there is more in it than this rank holds
+    _require_names(snapshot, group="model", wanted=[*parameters, *_buffers(state.model)], exactly=alone)
+    for group in groups:
+        _require_names(snapshot, group=group, wanted=parameters, exactly=alone)
+
+    own = state.ranks.own_rows(parameters)
+
+    def read(group: str, *, rows: Mapping[str, slice]) -> dict[str, Tensor]:
+        return {
+            name: snapshot.read(
+                group,
+                name,
+                first=state.ranks.first_row(name) + rows[name].start,
+                count=rows[name].stop - rows[name].start,
+            )
+            for name in parameters
+        }
 
     state.step, state.tokens = counts["step"], counts["tokens"]
-    own = {group: state.ranks.own_experts(tensors[group]) for group in wanted}
     state.optimizer.load(
         steps=counts["optimizer_steps"],
-        master=own["model"],
-        first_moment=own["first_moment"],
-        second_moment=own["second_moment"],
+        weights=read("model", rows={name: slice(0, len(parameter)) for name, parameter in parameters.items()}),
+        first_moment=read("first_moment", rows=own),
+        second_moment=read("second_moment", rows=own),
     )
     for name, buffer in _buffers(state.model).items():
-        buffer.copy_(tensors["model"][name])
+        buffer.copy_(snapshot.read("model", name))
     if state.average is not None:
-        state.average.load(own["average"], updates=counts["average_updates"])
+        state.average.load(read("average", rows=own), updates=counts["average_updates"])
 
 
 def fingerprint(corpus: PreparedCorpus) -> str:
@@ -122,22 +155,20 @@ def _buffers(model: Transformer) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
 
 
-def _require_names(path: Path, *, group: str, found: dict[str, Tensor], wanted: Iterable[str]) -> None:
-    missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+def _require_names(snapshot: OpenSnapshot, *, group: str, wanted: Iterable[str], exactly: bool) -> None:
+    found = snapshot.names(group)
+    missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted)) if exactly else []
     if missing or unknown:
         lacks = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which the model has not"
-        raise SnapshotError(f"{path / group}.safetensors is of another model: it {lacks}")
+        raise SnapshotError(f"{snapshot.path / group}.safetensors is of another model: it {lacks}")
 
 
-def whole_model(state: TrainState) -> Transformer | None:
-    """Return the model with the experts of all ranks, on the first of them; every rank must ask."""
+def whole_model(state: TrainState, *, path: Path) -> Transformer:
+    """Return the whole model: the one of the state, or on one of many ranks the one in the snapshot at `path`."""
     if state.ranks.size == 1:
         return state.model
-    tensors = {name: tensor.detach() for name, tensor in state.model.state_dict().items()}
-    whole = state.ranks.whole_experts(tensors)
-    if state.ranks.rank != 0:
-        return None
+    snapshot = OpenSnapshot(path)
     with torch.device("meta"):
         model = Transformer(state.config.model)
-    model.load_state_dict(whole, assign=True)
+    model.load_state_dict({name: snapshot.read("model", name) for name in snapshot.names("model")}, assign=True)
     return model

@@ -6,27 +6,30 @@ Nothing is changed before loss and gradients have been found finite.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NoReturn, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsv3.batch import TokenBatch
 from dsv3.config import PrecisionConfig, PretrainConfig
 from dsv3.errors import NonFiniteError
 from dsv3.fp8.recipe import recipe_named
+from dsv3.model.interfaces import Cut, ModelOutput, Part
 from dsv3.model.precision import Precision, quantise_weights
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.ranks import Alone
+from dsv3.runtime.later import Later
 from dsv3.train.balance import max_violation, plain_top_k_counts, update_router_biases
 from dsv3.train.ema import WeightAverage
 from dsv3.train.loss import LossParts, WholeBatch, pretraining_loss
 from dsv3.train.optimizer import AdamW
 from dsv3.train.schedule import bias_update_speed, learning_rate, mtp_loss_weight
+from dsv3.train.stages import forward_by_stages, places_of, room_for
 
 
 @dataclass(kw_only=True)
@@ -71,6 +74,10 @@ class StepMetrics:
     """Sent between ranks by dispatch and combine, forward, all ranks and hops together."""
     load: tuple[Int[Tensor, " expert"], ...]
     """Tokens sent to each expert, for every MoE layer, MTP modules last; on the CPU."""
+    rank_loss: tuple[float, ...]
+    """The share of each rank in `loss`; of a pipeline, those that hold the last layers have one."""
+    rank_gradient_norm: tuple[float, ...]
+    """Of what each rank has found by itself, before gradients are summed over ranks."""
 
     @property
     def max_violation(self) -> list[float]:
@@ -82,10 +89,12 @@ class StepMetrics:
 class _Passes:
     """What the forward and backward passes of all micro-batches leave, besides gradients."""
 
-    parts: list[LossParts]
-    """Of each micro-batch of this rank."""
-    load: list[Int[Tensor, " expert"]]
-    """Of all ranks."""
+    parts: dict[tuple[int, int], LossParts]
+    """By micro-batch and first layer, of those that ran on this rank; the losses are where the last layers are."""
+    load: Int[Tensor, "layer expert"]
+    """Of all ranks and layers."""
+    own_norm: float
+    """Of this rank's gradients by themselves; 0 where it has all."""
 
 
 @runtime_checkable
@@ -121,17 +130,19 @@ def train_step(state: TrainState, *, batches: Sequence[TokenBatch]) -> StepMetri
 
     state.optimizer.step(learning_rate=rate, gradient_norm=norm)
     state.optimizer.forget_gradients()
-    routers = state.model.routers()[: len(passes.load)]  # without those of MTP modules that did not run
-    update_router_biases(routers, loads=passes.load, speed=speed)
+    state.ranks.share_weights(state.optimizer.parameters)
+    routers = {place: router for place, router in state.model.routers_by_place().items() if place < len(passes.load)}
+    update_router_biases(list(routers.values()), loads=[passes.load[place] for place in routers], speed=speed)
     if state.average is not None:
         state.average.update(state.optimizer.master)
-    [tokens, wire_bytes, loss, balance, *mtp] = state.ranks.total(
+    [tokens] = state.ranks.total_over_data([sum(batch.num_tokens for batch in batches)])
+    modules = config.model.num_nextn_predict_layers if mtp_weight > 0 else 0
+    [wire_bytes, loss, balance, *mtp] = state.ranks.total(
         [
-            sum(batch.num_tokens for batch in batches),
             state.ranks.take_wire_bytes(),
-            sum(part.next_token.item() for part in passes.parts),
-            sum(part.balance.item() for part in passes.parts),
-            *(sum(values) for values in zip(*_mtp_values(passes), strict=True)),
+            sum(part.next_token.item() for part in passes.parts.values()),
+            sum(part.balance.item() for part in passes.parts.values()),
+            *(sum(part.mtp[depth].item() for part in passes.parts.values() if part.mtp) for depth in range(modules)),
         ]
     )
     state.step = step
@@ -149,7 +160,9 @@ def train_step(state: TrainState, *, batches: Sequence[TokenBatch]) -> StepMetri
         batch_tokens=int(tokens),
         wire_bytes=int(wire_bytes),
         bias_update_speed=speed,
-        load=tuple(load.cpu() for load in passes.load),
+        load=tuple(passes.load.cpu()),
+        rank_loss=tuple(state.ranks.gather_numbers(sum(part.next_token.item() for part in passes.parts.values()))),
+        rank_gradient_norm=tuple(state.ranks.gather_numbers(passes.own_norm)),
     )
 
 
@@ -160,15 +173,16 @@ def _passes_in_range(state: TrainState, *, run: _Run, batches: Sequence[TokenBat
 
     A loss scale that throws gradients out of the range of numbers is halved, for this step, until they are in it.
     """
-    scale = _loss_scale(state.config.precision)
+    scale, optimizer = _loss_scale(state.config.precision), state.optimizer
     while True:
-        state.optimizer.forget_gradients()
+        optimizer.forget_gradients()
         passes = run(batches=batches, loss_scale=scale)
-        gradients = state.optimizer.gradients
-        state.ranks.reduce_gradients(gradients)
-        state.optimizer.divide_gradients(scale)
-        norm = state.ranks.gradient_norm(gradients)
-        [num_lost] = state.ranks.total([sum(not math.isfinite(part.total.item()) for part in passes.parts)])
+        optimizer.make_zero_gradients(state.ranks.lacking(list(optimizer.parameters), gradients=optimizer.gradients))
+        state.ranks.reduce_gradients(optimizer.gradients)
+        optimizer.divide_gradients(scale)
+        norm = state.ranks.gradient_norm(optimizer.own_gradients)
+        lost = (not math.isfinite(part.total.item()) for part in passes.parts.values())
+        [num_lost] = state.ranks.total([sum(lost)])
         if math.isfinite(norm) or num_lost or scale <= 1:
             return passes, norm, num_lost > 0
         scale /= 2
@@ -180,6 +194,57 @@ def _loss_scale(config: PrecisionConfig) -> float:
     return recipe_named(config.recipe).loss_scale
 
 
+@dataclass(kw_only=True)
+class _Work:
+    """What a pipeline does with the micro-batches of a step: `ChunkWork`."""
+
+    state: TrainState
+    batches: Sequence[TokenBatch]
+    whole: WholeBatch
+    mtp_weight: float
+    precision: Precision
+    loss_scale: float
+    load: Int[Tensor, "layer expert"]
+    parts: dict[tuple[int, int], LossParts] = field(default_factory=dict)
+
+    def steps(
+        self, micro_batch: int, *, layers: range, hidden: Tensor | None, cut: Cut, later: Later | None
+    ) -> Generator[Part, None, ModelOutput]:
+        """Run layers on a micro-batch."""
+        return self.state.model.steps(
+            self.batches[micro_batch],
+            hidden=hidden,
+            layers=layers,
+            dispatch=self.state.ranks.dispatch,
+            recompute=self.state.config.recompute,
+            precision=self.precision if later is None else self.precision.putting_off(later),
+            mtp=self.mtp_weight > 0,
+            cut=cut,
+        )
+
+    def loss(self, micro_batch: int, *, layers: range, output: ModelOutput) -> Float[Tensor, ""]:
+        """Return what these layers add to the loss, and note it."""
+        places = places_of(output, layers=layers, model=self.state.config.model)
+        counts = self.whole.plain_top_k
+        loss = pretraining_loss(
+            self.state.model,
+            output=output,
+            batch=self.batches[micro_batch],
+            whole=replace(self.whole, plain_top_k=counts and [counts[place] for place in places]),
+            mtp_weight=self.mtp_weight,
+            balance=self.state.config.balance,
+            is_last=layers.stop == self.state.config.model.num_hidden_layers,
+        )
+        self.parts[micro_batch, layers.start] = _detached(loss)
+        for place, routing in zip(places, output.routings, strict=True):
+            self.load[place] += routing.load
+        return loss.total * self.loss_scale if self.loss_scale != 1 else loss.total
+
+    def gradients_made(self) -> None:
+        """Move new gradients into FP32."""
+        self.state.optimizer.accumulate()
+
+
 def _forward_backward(
     state: TrainState,
     *,
@@ -189,30 +254,25 @@ def _forward_backward(
     precision: Precision,
     loss_scale: float = 1.0,
 ) -> _Passes:
-    parts: list[LossParts] = []
-    load: list[Tensor] = []
-    for batch in batches:
-        output = state.model(
-            batch,
-            mtp=mtp_weight > 0,
-            dispatch=state.ranks.dispatch,
-            recompute=state.config.recompute,
-            precision=precision,
-        )
-        loss = pretraining_loss(
-            state.model,
-            output=output,
-            batch=batch,
-            whole=whole,
-            mtp_weight=mtp_weight,
-            balance=state.config.balance,
-        )
-        (loss.total * loss_scale if loss_scale != 1 else loss.total).backward()
-        state.optimizer.accumulate()
-        parts.append(_detached(loss))
-        here = [routing.load for routing in output.routings]
-        load = [sofar + new for sofar, new in zip(load, here, strict=True)] if load else here
-    return _Passes(parts=parts, load=state.ranks.total_loads(load))
+    model = state.config.model
+    num_routed = model.num_moe_layers + (model.num_nextn_predict_layers if mtp_weight > 0 else 0)
+    work = _Work(
+        state=state,
+        batches=batches,
+        whole=whole,
+        mtp_weight=mtp_weight,
+        precision=precision,
+        loss_scale=loss_scale,
+        load=torch.zeros(num_routed, model.n_routed_experts, dtype=torch.long, device=state.model.device),
+    )
+    state.ranks.run(
+        work,
+        num_layers=model.num_hidden_layers,
+        num_micro_batches=len(batches),
+        room=lambda micro_batch: room_for(state.model, batches[micro_batch]),
+    )
+    own_norm = Alone().gradient_norm(state.optimizer.gradients) if state.ranks.size > 1 else 0.0
+    return _Passes(parts=dict(sorted(work.parts.items())), load=state.ranks.total_loads(work.load), own_norm=own_norm)
 
 
 def _count_whole_batch(state: TrainState, *, batches: Sequence[TokenBatch], precision: Precision) -> WholeBatch:
@@ -221,29 +281,31 @@ def _count_whole_batch(state: TrainState, *, batches: Sequence[TokenBatch], prec
     The frequencies of that loss belong to the whole batch, and are needed before the first gradient.
     """
     whole = WholeBatch.of(batches)
-    targets, sequences = state.ranks.total([whole.num_targets, whole.num_sequences])
+    targets, sequences = state.ranks.total_over_data([whole.num_targets, whole.num_sequences])
     whole = replace(whole, num_targets=int(targets), num_sequences=int(sequences))
     if state.config.balance.method != "batch_loss" or (len(batches) == 1 and state.ranks.size == 1):
         return whole
-    counts: list[Tensor] = []
+    model = state.config.model
+    num_routed = model.num_moe_layers + model.num_nextn_predict_layers
+    counts = torch.zeros(num_routed, model.n_routed_experts, dtype=torch.long, device=state.model.device)
     with torch.no_grad():
         for batch in batches:
-            output = state.model(batch, mtp=True, dispatch=state.ranks.dispatch, precision=precision)
-            here = [plain_top_k_counts(routing) for routing in output.routings]
-            counts = [sofar + new for sofar, new in zip(counts, here, strict=True)] if counts else here
-    return replace(whole, plain_top_k=state.ranks.total_loads(counts))
+            for layers, output in forward_by_stages(state.model, batch=batch, ranks=state.ranks, precision=precision):
+                for place, routing in zip(places_of(output, layers=layers, model=model), output.routings, strict=True):
+                    counts[place] += plain_top_k_counts(routing)
+    return replace(whole, plain_top_k=list(state.ranks.total_loads(counts)))
 
 
 def _stop(state: TrainState, *, passes: _Passes, batches: Sequence[TokenBatch], run: _Run) -> NoReturn:
     """Stop all ranks alike, with what is wrong on the first of them where something is."""
-    losses = [part.total.item() for part in passes.parts]
-    lost = next((index for index, loss in enumerate(losses) if not math.isfinite(loss)), None)
-    told = None if lost is None else _fault(state, batches=batches, index=lost, what=f"the loss is {losses[lost]}")
+    losses = {place: part.total.item() for place, part in passes.parts.items()}
+    lost = next((place for place, loss in losses.items() if not math.isfinite(loss)), None)
+    told = None if lost is None else _fault(state, batches=batches, index=lost[0], what=f"the loss is {losses[lost]}")
     _stop_if_any(state, told)
     # Which rows? Each micro-batch once more, by itself: the weights are still those that met the fault.
     for index, batch in enumerate(batches):
         state.optimizer.forget_gradients()
-        run(batches=[batch])
+        run(batches=[batch] * state.ranks.fewest_micro_batches)
         gradients = state.optimizer.gradients
         if told is None and not math.isfinite(Alone().gradient_norm(gradients)):
             names = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
@@ -258,13 +320,16 @@ def _fault(state: TrainState, *, batches: Sequence[TokenBatch], index: int | Non
     """Return what is wrong with the rows of a micro-batch, or of all, counted as the loader counts them."""
     sizes = [len(batch.lengths) for batch in batches]
     begin, ranks = state.tokens // state.config.batch.sequence_length, state.ranks
-    first = begin + sum(sizes[: index or 0]) * ranks.size
+    first = begin + sum(sizes[: index or 0]) * ranks.data_size
     count = sum(sizes) if index is None else sizes[index]
-    if ranks.size == 1:
+    if ranks.data_size == 1:
         rows, where = range(first, first + count), f"rows {first} to {first + count - 1} of the data"
     else:
-        rows = range(first + ranks.rank, first + count * ranks.size, ranks.size)
-        where = f"rows {rows.start}, {rows.start + ranks.size}, ... of the data, {count} of them, on rank {ranks.rank}"
+        step = ranks.data_size
+        rows = range(first + ranks.data_rank, first + count * step, step)
+        where = f"rows {rows.start}, {rows.start + step}, ... of the data, {count} of them"
+    if ranks.size > 1:
+        where += f", on rank {ranks.rank}"
     return f"step {state.step + 1} cannot be taken: {what}, in {where} ({state.describe_rows(rows)})"
 
 
@@ -283,7 +348,3 @@ def _detached(loss: LossParts) -> LossParts:
         mtp=tuple(part.detach() for part in loss.mtp),
         balance=loss.balance.detach(),
     )
-
-
-def _mtp_values(passes: _Passes) -> list[list[float]]:
-    return [[value.item() for value in part.mtp] for part in passes.parts]

@@ -16,10 +16,11 @@ from dsv3.batch import TokenBatch
 from dsv3.data.prepared import PreparedCorpus
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.data.windows import Window, batched, cut_windows, encode_up_to
-from dsv3.model.interfaces import TokenDispatch
 from dsv3.model.transformer import Transformer
 from dsv3.ops.cross_entropy import token_nll
+from dsv3.parallel.ranks import Alone
 from dsv3.train.balance import max_violation
+from dsv3.train.stages import forward_by_stages, places_of
 
 BATCH_TOKENS = 4096
 """Tokens scored at a time, or one window where that is longer."""
@@ -114,32 +115,36 @@ def _batch(windows: Sequence[Window], *, source_of: Sequence[int]) -> HeldOutBat
 
 
 @torch.no_grad()
-def validate(
-    model: Transformer, *, held_out: HeldOut, mtp: bool, dispatch: TokenDispatch | None = None
-) -> ValidationResult:
+def validate(model: Transformer, *, held_out: HeldOut, mtp: bool, ranks: Alone | None = None) -> ValidationResult:
     """Score the held-out text; with `mtp`, the MTP modules as well. The model is left in the mode it was in.
 
-    Ranks that share experts through `dispatch` all score the same text.
+    Of several ranks every pipeline scores all of the text, together.
     """
-    device = model.lm_head.weight.device
+    ranks, config, device = ranks or Alone(), model.config, model.device
     was_training = model.training
     model.eval()
+    modules = config.num_nextn_predict_layers if mtp else 0
     nats = torch.zeros(len(held_out.sources), dtype=torch.float64)
-    mtp_nats = [0.0] * (len(model.mtp) if mtp else 0)
-    mtp_tokens = [0] * len(mtp_nats)
-    load: list[Tensor] = []
+    mtp_nats, mtp_tokens = [0.0] * modules, [0] * modules
+    load = torch.zeros(config.num_moe_layers + modules, config.n_routed_experts, dtype=torch.long)
     for piece in held_out.batches:
-        output = model(piece.batch.to(device), mtp=mtp, dispatch=dispatch)
-        assert piece.batch.targets is not None
-        nll = token_nll(output.hidden, weight=model.lm_head.weight, targets=piece.batch.targets.to(device))
-        nats.index_add_(0, piece.source, nll.double().cpu())
-        for depth, one in enumerate(output.mtp):
-            assert one.batch.targets is not None
-            ahead = token_nll(one.hidden, weight=model.lm_head.weight, targets=one.batch.targets)
-            mtp_nats[depth] += ahead.double().sum().item()
-            mtp_tokens[depth] += one.batch.num_tokens
-        here = [routing.load.cpu() for routing in output.routings]
-        load = [sofar + new for sofar, new in zip(load, here, strict=True)] if load else here
+        for layers, output in forward_by_stages(model, batch=piece.batch.to(device), ranks=ranks, mtp=mtp):
+            for place, routing in zip(places_of(output, layers=layers, model=config), output.routings, strict=True):
+                load[place] += routing.load.cpu()
+            if layers.stop < config.num_hidden_layers:
+                continue
+            assert piece.batch.targets is not None
+            nll = token_nll(output.hidden, weight=model.lm_head.weight, targets=piece.batch.targets.to(device))
+            nats.index_add_(0, piece.source, nll.double().cpu())
+            for depth, one in enumerate(output.mtp):
+                assert one.batch.targets is not None
+                ahead = token_nll(one.hidden, weight=model.lm_head.weight, targets=one.batch.targets)
+                mtp_nats[depth] += ahead.double().sum().item()
+                mtp_tokens[depth] += one.batch.num_tokens
+    found = ranks.total_over_pipeline([*nats.tolist(), *mtp_nats, *mtp_tokens])
+    nats = torch.tensor(found[: len(nats)], dtype=torch.float64)
+    mtp_nats, mtp_tokens = found[len(nats) : len(nats) + modules], [int(one) for one in found[len(nats) + modules :]]
+    load = ranks.total_loads(load, over_data=False)
     model.train(was_training)
     bits = (nats / math.log(2)).tolist()
     return ValidationResult(

@@ -48,11 +48,11 @@ def dispatch():
     from dsv3.model.moe import LocalDispatch
 
     class Balanced(LocalDispatch):
-        def dispatch(self, tokens, *, routing):
+        def announce(self, tokens, *, routing):
             rows, experts = routing.experts.numel(), routing.load.shape[0]
             counts = [rows // experts + (expert < rows % experts) for expert in range(experts)]
             routing.load.tolist = lambda: counts
-            return super().dispatch(tokens, routing=routing)
+            return super().announce(tokens, routing=routing)
 
     return Balanced()
 

@@ -162,8 +162,10 @@ def test_a_block_driven_step_by_step_equals_its_forward():
     whole, routing = block(hidden, batch=batch, rotation=rotation, cache=None, dispatch=through)
 
     attended = block.attention(hidden, batch=batch, rotation=rotation, cache=None)
-    sent = block.dispatch(attended, through=through)
-    stepped = block.combine(block.experts(sent), hidden=attended, sent=sent, through=through)
+    sent = block.route(attended, through=through)
+    outputs = block.experts(through.receive(sent.travelling), sent=sent)
+    dispatched = through.receive(sent.travelling)
+    stepped = block.combine(through.send_back(outputs, dispatched=dispatched), sent=sent, through=through)
     torch.testing.assert_close(stepped, whole)
     assert torch.equal(sent.routing.experts, routing.experts)
 
@@ -174,8 +176,8 @@ def test_experts_equal_eq_12_one_token_at_a_time():
     normed = torch.randn(10, 32).double()
     routing = moe.gate(normed)
     through = LocalDispatch()
-    sent = through.dispatch(normed, routing=routing)
-    output = through.combine(moe.experts(sent), dispatched=sent)
+    sent = through.receive(through.announce(normed, routing=routing))
+    output = through.receive_back(through.send_back(moe.experts(sent), dispatched=sent))
     for token in range(10):
         expected = torch.zeros(32).double()
         for expert, gate in zip(routing.experts[token].tolist(), routing.gates[token], strict=True):

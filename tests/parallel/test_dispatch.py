@@ -12,6 +12,7 @@ from dsv3.errors import ConfigError
 from dsv3.model.interfaces import Routing
 from dsv3.model.moe import LocalDispatch
 from dsv3.parallel.dispatch import AllToAllDispatch, Hop, require_expert_ranks
+from dsv3.parallel.exchange import Channel
 from dsv3.parallel.wire import BF16, FP8
 
 TOKENS, HIDDEN, EXPERTS, CHOSEN = 23, 6, 8, 3
@@ -33,9 +34,9 @@ def inputs(seed, *, hotspot=False):
 def through(dispatch, *, tokens, routing, scales):
     """Run experts that each multiply by a number, and return output and gradients."""
     scales = scales.clone().requires_grad_()
-    sent = dispatch.dispatch(tokens, routing=routing)
+    sent = dispatch.receive(dispatch.send(dispatch.announce(tokens, routing=routing)))
     rows = sent.rows * scales.repeat_interleave(torch.tensor(sent.rows_per_expert))[:, None] * sent.gates[:, None]
-    output = dispatch.combine(rows, dispatched=sent)
+    output = dispatch.receive_back(dispatch.send_back(rows, dispatched=sent))
     output.pow(2).sum().backward()
     return output.detach(), tokens.grad, routing.gates.grad, scales.grad
 
@@ -45,12 +46,12 @@ def hops_of(*, per_node=0, **wires):
     rank, size = dist.get_rank(), dist.get_world_size()
     own = EXPERTS // size
     if not per_node:
-        return [Hop(group=dist.group.WORLD, experts_per_rank=own, **wires)]
+        return [Hop(channel=Channel(group=dist.group.WORLD), experts_per_rank=own, **wires)]
     across = [dist.new_group(range(place, size, per_node)) for place in range(per_node)]
     within = [dist.new_group(range(first, first + per_node)) for first in range(0, size, per_node)]
     return [
-        Hop(group=across[rank % per_node], experts_per_rank=own * per_node, **wires),
-        Hop(group=within[rank // per_node], experts_per_rank=own, **wires),
+        Hop(channel=Channel(group=across[rank % per_node]), experts_per_rank=own * per_node, **wires),
+        Hop(channel=Channel(group=within[rank // per_node]), experts_per_rank=own, **wires),
     ]
 
 
@@ -146,9 +147,10 @@ def over_the_wire():
     for sample in (rounded, tokens):
         plain = AllToAllDispatch(hops=hops_of())
         wired = AllToAllDispatch(hops=hops_of(out=FP8, back=BF16))
-        here, there = plain.dispatch(sample, routing=routing), wired.dispatch(sample, routing=routing)
-        home = wired.combine(there.rows, dispatched=there)
-        found.append((here.rows, there.rows, home, plain.combine(there.rows, dispatched=here), wired.hops[0].traffic))
+        here, there = (one.receive(one.send(one.announce(sample, routing=routing))) for one in (plain, wired))
+        home = wired.receive_back(wired.send_back(there.rows, dispatched=there))
+        at_home = plain.receive_back(plain.send_back(there.rows, dispatched=here))
+        found.append((here.rows, there.rows, home, at_home, wired.hops[0].traffic))
     return found
 
 

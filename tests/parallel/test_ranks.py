@@ -1,6 +1,7 @@
 """Many ranks train as one does."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from dsv3.config import (
     ParallelConfig,
     PrecisionConfig,
     PretrainConfig,
+    RuntimeConfig,
 )
 from dsv3.errors import ConfigError, NonFiniteError
 from dsv3.parallel.ranks import Alone, Ranks
@@ -24,27 +26,46 @@ from dsv3.train.resume import new_state
 from dsv3.train.step import train_step
 
 STEPS, ROWS, LENGTH = 20, 8, 16
-LAYOUTS = [
-    pytest.param(
-        *layout, id=f"{layout[0]} ranks, experts over {layout[1]}, nodes of {layout[2] or layout[0]}", marks=marks
-    )
-    for layout, marks in (
-        ((2, 1, 0), pytest.mark.slow),
-        ((2, 2, 0), ()),
-        ((4, 1, 0), pytest.mark.slow),
-        ((4, 2, 0), pytest.mark.slow),
-        ((4, 4, 0), pytest.mark.slow),
-        ((4, 4, 2), ()),
-    )
-]
-"""Ranks, of them those that share the experts, and those of a node where there are several."""
+SLOW = pytest.mark.slow
+LAYOUTS = {
+    "data 2": (2, {}, SLOW),
+    "experts 2": (2, {"expert": 2}, ()),
+    "data 4": (4, {}, SLOW),
+    "data 2, experts 2": (4, {"expert": 2}, SLOW),
+    "experts 4": (4, {"expert": 4}, SLOW),
+    "experts 4 on nodes of 2": (4, {"expert": 4, "ranks_per_node": 2}, ()),
+    "zero 2": (2, {"zero": True}, ()),
+    "experts 2, zero 2": (4, {"expert": 2, "zero": True}, ()),
+    "gpipe 2": (2, {"pipeline": 2, "schedule": "gpipe"}, SLOW),
+    "1f1b 2": (2, {"pipeline": 2, "schedule": "1f1b"}, ()),
+    "interleaved 2": (2, {"pipeline": 2, "schedule": "interleaved"}, SLOW),
+    "zb1p 2": (2, {"pipeline": 2, "schedule": "zb1p"}, SLOW),
+    "zbv 2": (2, {"pipeline": 2, "schedule": "zbv"}, ()),
+    "dualpipe 2": (2, {"pipeline": 2, "schedule": "dualpipe"}, ()),
+    "dualpipe_v 2": (2, {"pipeline": 2, "schedule": "dualpipe_v"}, ()),
+    "gpipe 4": (4, {"pipeline": 4, "schedule": "gpipe"}, SLOW),
+    "1f1b 4": (4, {"pipeline": 4, "schedule": "1f1b"}, SLOW),
+    "zb1p 4": (4, {"pipeline": 4, "schedule": "zb1p"}, SLOW),
+    "dualpipe 4": (4, {"pipeline": 4, "schedule": "dualpipe"}, SLOW),
+    "dualpipe 2, experts 2": (4, {"pipeline": 2, "expert": 2, "schedule": "dualpipe"}, ()),
+    "1f1b 2, experts 2": (4, {"pipeline": 2, "expert": 2, "schedule": "1f1b"}, SLOW),
+    "zbv 2, experts 2": (4, {"pipeline": 2, "expert": 2, "schedule": "zbv"}, SLOW),
+    "dualpipe 2, data 2, zero": (4, {"pipeline": 2, "zero": True, "schedule": "dualpipe"}, SLOW),
+    "woven, experts 2": (2, {"expert": 2, "schedule": "dualpipe_v"}, ()),
+    "dualpipe 2, experts 2, data 2, zero": (
+        8,
+        {"pipeline": 2, "expert": 2, "zero": True, "schedule": "dualpipe"},
+        SLOW,
+    ),
+}
+"""Ranks, and how they share the work."""
 
 
-def config_of(*, balance="bias", recipe="original", micro=2):
+def config_of(*, balance="bias", recipe="original", micro=2, layers=4, dtype="auto", mtp=0.3):
     model = ModelConfig(
         vocab_size=64,
         hidden_size=16,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         initializer_range=0.1,
         max_position_embeddings=64,
         num_attention_heads=2,
@@ -69,7 +90,8 @@ def config_of(*, balance="bias", recipe="original", micro=2):
             learning_rate=LearningRateConfig(peak=3e-3, warmup_steps=2), bf16_moments=False, clip_gradient_norm=0.5
         ),
         precision=PrecisionConfig(recipe=recipe),
-        mtp=MtpLossConfig(early_weight=0.3),
+        mtp=MtpLossConfig(early_weight=mtp),
+        runtime=RuntimeConfig(dtype=dtype),
         balance=BalanceConfig(method=balance, bias_update_speed=1e-3, sequence_loss_weight=1e-2),
     )
 
@@ -81,18 +103,18 @@ def rows_of(step):
 
 def share(rows, *, ranks, micro):
     """Return a rank's rows as the loader deals them, in micro-batches that together are as large on any number."""
-    mine = rows[ranks.rank :: ranks.size]
-    return [TokenBatch.from_rows(part) for part in mine.split(max(1, micro // ranks.size))]
+    mine = rows[ranks.data_rank :: ranks.data_size]
+    return [TokenBatch.from_rows(part) for part in mine.split(max(1, micro // ranks.data_size))]
 
 
-def train(*, expert=1, wire="compute", ranks_per_node=0, **settings):
+def open_layout(config, parallel):
+    return Ranks(parallel, model=config.model, sequence_length=LENGTH) if dist.is_initialized() else Alone()
+
+
+def train(*, parallel=None, **settings):
     """Train on as many ranks as there are processes; return each step's numbers and what the weights have become."""
     config = config_of(**settings)
-    ranks = (
-        Ranks(ParallelConfig(expert=expert, wire=wire, ranks_per_node=ranks_per_node), num_experts=8)
-        if dist.is_initialized()
-        else Alone()
-    )
+    ranks = open_layout(config, parallel)
     state = new_state(config, ranks=ranks)
     numbers = []
     for step in range(STEPS):
@@ -102,30 +124,66 @@ def train(*, expert=1, wire="compute", ranks_per_node=0, **settings):
             [found.loss, *found.mtp_loss, found.balance_loss, found.gradient_norm, found.tokens, found.batch_sequences]
         )
     loads = torch.stack([load.cpu() for load in found.load])
-    weights = {name: tensor.clone() for name, tensor in ranks.whole_experts(state.optimizer.master).items()}
-    biases = torch.stack([router.e_score_correction_bias for router in state.model.routers()])
+    first = {name: ranks.first_row(name) for name in state.optimizer.parameters}
+    weights = {name: (first[name], weight.detach().clone()) for name, weight in state.optimizer.parameters.items()}
+    biases = {place: router.e_score_correction_bias for place, router in state.model.routers_by_place().items()}
     return torch.tensor(numbers, dtype=torch.float64), loads, weights, biases
 
 
-@pytest.mark.parametrize(("size", "expert", "node"), LAYOUTS)
-def test_twenty_steps_are_those_of_one_rank(on_ranks, size, expert, node):
-    """Losses, MTP, the clipped norm, biases by global counts, and all weights."""
-    numbers, loads, weights, biases = train()
-    for found in on_ranks(train, size=size, expert=expert, ranks_per_node=node):
-        assert (found[0] - numbers).abs().max() < 1e-5 * numbers.abs().max().clamp(max=10)
-        assert (found[0][:, 0] - numbers[:, 0]).abs().max() < 1e-6
-        assert torch.equal(found[1], loads)
-        assert torch.equal(found[3], biases)
-        for name, weight in weights.items():
-            assert torch.allclose(found[2][name], weight, atol=2e-5), name
+@cache
+def on_one_rank(**settings):
+    return train(**settings)
 
 
 @pytest.mark.parametrize(
-    "settings", [{"balance": "batch_loss"}, {"balance": "sequence_loss"}, {"balance": "v2_losses"}]
+    ("size", "parallel"),
+    [pytest.param(size, parallel, id=name, marks=marks) for name, (size, parallel, marks) in LAYOUTS.items()],
 )
-def test_every_way_of_balancing_counts_all_ranks(on_ranks, settings):
-    numbers, *_ = train(**settings)
-    for found, *_ in on_ranks(train, size=4, expert=2, **settings):
+def test_twenty_steps_are_those_of_one_rank(on_ranks, size, parallel):
+    """Losses, MTP, the clipped norm, biases by global counts, and all weights."""
+    micro = 1 if parallel.get("pipeline") == 4 else 2  # eight micro-batches where DualPipe needs as many
+    numbers, loads, weights, biases = on_one_rank(micro=micro)
+    seen = set()
+    for found in on_ranks(train, size=size, parallel=ParallelConfig(**parallel), micro=micro):
+        assert (found[0] - numbers).abs().max() < 1e-5 * numbers.abs().max().clamp(max=10)
+        assert (found[0][:, 0] - numbers[:, 0]).abs().max() < 1e-6
+        assert torch.equal(found[1], loads)
+        for place, bias in found[3].items():
+            assert torch.equal(bias, biases[place])
+        for name, (first, weight) in found[2].items():
+            assert torch.allclose(weight, weights[name][1][first : first + len(weight)], atol=2e-5), name
+        seen |= set(found[2])
+    assert seen == set(weights)
+
+
+@pytest.mark.parametrize(
+    ("size", "parallel"),
+    [
+        (4, {"pipeline": 2, "expert": 2, "schedule": "dualpipe"}),
+        pytest.param(4, {"expert": 2, "zero": True}, marks=SLOW),
+        pytest.param(4, {"pipeline": 4, "schedule": "zb1p"}, marks=SLOW),
+    ],
+)
+def test_in_fp64_they_are_those_of_one_rank_to_the_ninth_digit(on_ranks, size, parallel):
+    micro = 1 if parallel.get("pipeline") == 4 else 2
+    numbers, *_ = on_one_rank(micro=micro, dtype="float64")
+    for found, *_ in on_ranks(train, size=size, parallel=ParallelConfig(**parallel), dtype="float64", micro=micro):
+        assert (found[:, 0] - numbers[:, 0]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("settings", "parallel"),
+    [
+        ({"balance": "batch_loss"}, {"expert": 2}),
+        ({"balance": "batch_loss"}, {"pipeline": 2, "expert": 2}),
+        pytest.param({"balance": "sequence_loss"}, {"expert": 2}, marks=SLOW),
+        pytest.param({"balance": "v2_losses"}, {"pipeline": 2, "expert": 2}, marks=SLOW),
+        ({"mtp": 0.0}, {"pipeline": 2, "expert": 2, "schedule": "1f1b"}),
+    ],
+)
+def test_every_loss_counts_all_ranks_and_layers(on_ranks, settings, parallel):
+    numbers, *_ = on_one_rank(**settings)
+    for found, *_ in on_ranks(train, size=4, parallel=ParallelConfig(**parallel), **settings):
         assert (found - numbers).abs().max() < 1e-5 * numbers.abs().max().clamp(max=10)
 
 
@@ -133,7 +191,7 @@ def test_every_way_of_balancing_counts_all_ranks(on_ranks, settings):
 def test_fp8_begins_alike_and_stays_close(on_ranks):
     """Not bit for bit: the tiles of Wgrad are 128 tokens long, and which tokens are neighbours depends on the ranks."""
     numbers, *_ = train(recipe="fp8_v3")
-    found, *_ = on_ranks(train, size=2, expert=2, recipe="fp8_v3")[0]
+    found, *_ = on_ranks(train, size=2, parallel=ParallelConfig(expert=2), recipe="fp8_v3")[0]
     assert (found[0, :2] - numbers[0, :2]).abs().max() < 1e-6
     assert (found[:, 0] - numbers[:, 0]).abs().max() < 0.03
 
@@ -141,15 +199,18 @@ def test_fp8_begins_alike_and_stays_close(on_ranks):
 @pytest.mark.slow
 def test_tokens_in_fp8_on_the_wire_change_nothing_where_experts_compute_in_fp8(on_ranks):
     """The experts round what comes by the same rule, which finds it rounded. BF16 on the way back does round."""
-    plain, wired = (on_ranks(train, size=2, expert=2, recipe="fp8_v3", wire=wire)[0][0] for wire in ("compute", "fp8"))
+    plain, wired = (
+        on_ranks(train, size=2, parallel=ParallelConfig(expert=2, wire=wire), recipe="fp8_v3")[0][0]
+        for wire in ("compute", "fp8")
+    )
     assert (wired[:, 0] - plain[:, 0]).abs().max() < 0.02
     assert not torch.equal(wired, plain)
 
 
-def break_one_rank(*, what):
+def break_one_rank(*, what, parallel):
     """Train with a fault on the last rank alone; return what every rank is told."""
     config = config_of()
-    ranks = Ranks(ParallelConfig(expert=2), num_experts=8)
+    ranks = open_layout(config, ParallelConfig(**parallel))
     state = new_state(config, ranks=ranks)
     before = {name: weight.clone() for name, weight in state.optimizer.master.items()}
     batches = share(rows_of(0), ranks=ranks, micro=2)
@@ -170,24 +231,25 @@ def break_one_rank(*, what):
 @pytest.mark.parametrize(
     ("what", "message"), [("loss", "the loss is nan"), ("gradient", "the gradient of embed_tokens")]
 )
-def test_what_breaks_on_one_rank_stops_all_with_the_same_words(on_ranks, what, message):
-    told = on_ranks(break_one_rank, size=4, what=what)
+@pytest.mark.parametrize("parallel", [{"expert": 2}, {"pipeline": 2, "expert": 2, "schedule": "dualpipe"}])
+def test_what_breaks_on_one_rank_stops_all_with_the_same_words(on_ranks, what, message, parallel):
+    told = on_ranks(break_one_rank, size=4, what=what, parallel=parallel)
     assert len({text for text, _, _ in told}) == 1
     assert message in told[0][0]
     assert "on rank 3" in told[0][0]
     assert all(unchanged and step == 0 for _, unchanged, step in told)
 
 
-def refuse(*, expert, num_experts):
+def refuse(**parallel):
     try:
-        Ranks(ParallelConfig(expert=expert), num_experts=num_experts)
+        open_layout(config_of(), ParallelConfig(**parallel))
     except ConfigError as error:
         return str(error)
     return ""
 
 
 def test_ranks_that_do_not_divide_are_refused_with_what_would(on_ranks):
-    assert on_ranks(refuse, size=3, expert=2, num_experts=8)[0] == (
+    assert on_ranks(refuse, size=3, expert=2)[0] == (
         "3 ranks do not divide into expert axes of 2; use 1 for parallel.expert, or another number of ranks"
     )
 

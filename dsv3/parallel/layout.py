@@ -1,0 +1,196 @@
+"""Where each rank stands: which stages of the model it has, which experts, and with whom it shares what.
+
+The axes, slowest first: pipeline, expert-data, expert. Neighbouring ranks share the experts of a layer among them; a
+pipeline's ranks read the same rows, all others different ones.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import product
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from dsv3.config import ModelConfig, ParallelConfig
+from dsv3.errors import ConfigError
+from dsv3.parallel.dispatch import Hop, require_expert_ranks
+from dsv3.parallel.exchange import Channel
+from dsv3.parallel.link import Link
+from dsv3.parallel.wire import AS_COMPUTED, BF16, FP8
+from dsv3.plan.pipeline import Schedule
+from dsv3.plan.schedules import SCHEDULES, one_f_one_b
+from dsv3.plan.stages import Stages, split_layers
+from dsv3.runtime.rank import ranks_on_this_machine
+
+PIPELINE, EXPERT_DATA, EXPERT, NODE, IN_NODE = "pipeline", "expert_data", "expert", "node", "in_node"
+"""Axes of the mesh. Over several nodes the expert axis falls into nodes, and ranks of one node."""
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter is the routed experts of a layer."""
+    return ".experts." in name
+
+
+def make_schedule(config: ParallelConfig, *, num_micro_batches: int) -> Schedule:
+    """Return the schedule that a pipeline of `config` follows for a step of so many micro-batches.
+
+    Raises:
+        ConfigError: it cannot work with so many.
+    """
+    if config.pipeline == 1 and config.schedule != "dualpipe_v":
+        return one_f_one_b(num_ranks=1, num_micro_batches=num_micro_batches)
+    return SCHEDULES[config.schedule](num_ranks=config.pipeline, num_micro_batches=num_micro_batches)
+
+
+def fewest_micro_batches(config: ParallelConfig) -> int:
+    """Return the smallest number of micro-batches that the schedule of `config` can work with."""
+    for number in range(1, 2 * config.pipeline + 1):
+        try:
+            make_schedule(config, num_micro_batches=number)
+        except ConfigError:
+            continue
+        return number
+    raise AssertionError("twice as many as ranks are enough for every schedule")
+
+
+def make_stages(config: ParallelConfig, *, model: ModelConfig, sequence_length: int) -> Stages:
+    """Return the stages that the ranks of a pipeline hold."""
+    # Where stages lie does not hang on the number of micro-batches.
+    routes = make_schedule(config, num_micro_batches=fewest_micro_batches(config)).routes
+    layers = split_layers(model, num_stages=len(routes[0]), sequence_length=sequence_length, counts=config.stage_layers)
+    return Stages(layers=layers, routes=routes, mtp_modules=model.num_nextn_predict_layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharers:
+    """Ranks that hold the very same weights."""
+
+    group: dist.ProcessGroup
+    size: int
+    place: int
+    """This rank's, among them."""
+    num_pipeline_ranks: int
+    """In how many places of the pipeline they are."""
+
+
+class Layout:
+    """This rank's place. Every rank makes one, in the same moment."""
+
+    def __init__(self, config: ParallelConfig, *, model: ModelConfig, sequence_length: int, link: Link) -> None:
+        """Find it.
+
+        Raises:
+            ConfigError: the ranks do not divide into pipelines and groups of `config.expert`, or the experts or layers
+                do not divide over them.
+        """
+        num_experts = model.n_routed_experts
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        require_expert_ranks(config.expert, num_experts=num_experts)
+        _require_division(config, world=self.size, num_experts=num_experts)
+        self.config = config
+        self.stages = make_stages(config, model=model, sequence_length=sequence_length)
+        self.data_size = self.size // config.pipeline
+        self.pipeline_rank, self.data_rank = divmod(self.rank, self.data_size)
+        self.expert_rank = self.data_rank % config.expert
+        self.experts_per_rank = num_experts // config.expert
+        shape = (config.pipeline, self.data_size // config.expert, config.expert)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=(PIPELINE, EXPERT_DATA, EXPERT))
+        self.pipeline = mesh.get_group(PIPELINE)
+        self.hops = self._hops(mesh.get_group(EXPERT), link=link)
+        self._sharers = self._find_sharers()
+
+    @property
+    def held_stages(self) -> tuple[int, ...]:
+        """Stages that this rank holds."""
+        return self.stages.held_by(self.pipeline_rank)
+
+    @property
+    def in_order(self) -> tuple[Sharers, ...]:
+        """Every group of sharers that this rank is in; two ranks that are in the same ones have them in one order."""
+        return tuple(self._sharers.values())
+
+    def sharers(self, name: str) -> Sharers:
+        """Return the ranks that hold the same parameter, this one among them."""
+        return self._sharers[self.stages.holders(name), is_expert(name)]
+
+    def writes(self, name: str) -> bool:
+        """Whether this is the first of the ranks that hold the same parameter or buffer."""
+        return self.sharers(name).place == 0
+
+    def first_row(self, name: str) -> int:
+        """Return which row of the whole model's parameter the first row here is: of experts, the first one here."""
+        return self.expert_rank * self.experts_per_rank if is_expert(name) else 0
+
+    def _find_sharers(self) -> dict[tuple[tuple[int, ...], bool], Sharers]:
+        ends = (f"layers.{layers.start}" for layers in self.stages.layers)
+        found = {}
+        for holders in sorted({self.stages.holders(name) for name in (*ends, "embed_tokens", "lm_head")}):
+            everyone = [rank for pipe in holders for rank in self._data_ranks(pipe, range(self.config.expert))]
+            found[holders, False] = self._sharers_of([everyone], num_pipeline_ranks=len(holders))
+            by_expert = [
+                [rank for pipe in holders for rank in self._data_ranks(pipe, (expert,))]
+                for expert in range(self.config.expert)
+            ]
+            found[holders, True] = self._sharers_of(by_expert, num_pipeline_ranks=len(holders))
+        return {key: sharers for key, sharers in found.items() if sharers is not None}
+
+    def _data_ranks(self, pipe: int, experts: Iterable[int]) -> list[int]:
+        groups = range(self.data_size // self.config.expert)
+        return [
+            pipe * self.data_size + group * self.config.expert + expert for group, expert in product(groups, experts)
+        ]
+
+    def _sharers_of(self, groups: list[list[int]], *, num_pipeline_ranks: int) -> Sharers | None:
+        """Make a group of each, which all ranks must do, and return the one that this rank is in."""
+        mine = None
+        for ranks in groups:
+            group = dist.new_group(sorted(ranks))
+            if self.rank in ranks:
+                mine = Sharers(
+                    group=group,
+                    size=len(ranks),
+                    place=sorted(ranks).index(self.rank),
+                    num_pipeline_ranks=num_pipeline_ranks,
+                )
+        return mine
+
+    def _hops(self, across: dist.ProcessGroup, *, link: Link) -> tuple[Hop, ...]:
+        """Return one hop to the ranks that hold experts, or two: to their nodes, then within these."""
+        expert, own = self.config.expert, self.experts_per_rank
+        if expert == 1:
+            return ()
+        out, back = (FP8, BF16) if self.config.wire == "fp8" else (AS_COMPUTED, AS_COMPUTED)
+        per_node = self.config.ranks_per_node or ranks_on_this_machine()
+        if per_node >= expert or per_node == 1:
+            return (Hop(channel=Channel(group=across, link=link), experts_per_rank=own, out=out, back=back),)
+        if expert % per_node:
+            raise ConfigError(
+                f"parallel.expert = {expert} ranks share the experts and do not fill nodes of {per_node}; use a "
+                f"multiple of {per_node}, or set parallel.ranks_per_node"
+            )
+        shape = (self.size // expert, expert // per_node, per_node)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=(EXPERT_DATA, NODE, IN_NODE))
+        between, within = (mesh.get_group(axis) for axis in (NODE, IN_NODE))
+        return (
+            Hop(channel=Channel(group=between, link=link), experts_per_rank=own * per_node, out=out, back=back),
+            Hop(channel=Channel(group=within), experts_per_rank=own, out=out, back=back),
+        )
+
+
+def _require_division(config: ParallelConfig, *, world: int, num_experts: int) -> None:
+    each = config.pipeline * config.expert
+    if world % each == 0:
+        return
+    if world % config.pipeline:
+        fitting = [size for size in range(1, world + 1) if world % size == 0]
+        raise ConfigError(
+            f"{world} ranks do not divide into pipelines of {config.pipeline}; use {', '.join(map(str, fitting))} for "
+            "parallel.pipeline, or another number of ranks"
+        )
+    left = world // config.pipeline
+    fitting = [size for size in range(1, left + 1) if left % size == 0 and num_experts % size == 0]
+    of_each = f"{left} ranks of each stage" if config.pipeline > 1 else f"{world} ranks"
+    raise ConfigError(
+        f"{of_each} do not divide into expert axes of {config.expert}; use {', '.join(map(str, fitting))} for "
+        "parallel.expert, or another number of ranks"
+    )
