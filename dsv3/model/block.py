@@ -180,28 +180,10 @@ class MoeBlock(Block):
         return hidden + through.receive_back(returning) + shared
 
     def forward(
-        self,
-        hidden: Float[Tensor, "token hidden"],
-        *,
-        batch: TokenBatch,
-        rotation: Rotation,
-        cache: LatentCache | None,
-        dispatch: TokenDispatch,
-        recompute: RecomputeConfig = KEEP_ALL,
-        precision: Precision = ORIGINAL,
+        self, hidden: Float[Tensor, "token hidden"], **given: Any
     ) -> tuple[Float[Tensor, "token hidden"], Routing]:
-        """Return the layer's output and how its tokens were routed."""
-        return run_through(
-            self.steps(
-                hidden,
-                batch=batch,
-                rotation=rotation,
-                cache=cache,
-                dispatch=dispatch,
-                recompute=recompute,
-                precision=precision,
-            )
-        )
+        """Run the layer as `steps` does, without stopping."""
+        return run_through(self.steps(hidden, **given))
 
 
 Returned = TypeVar("Returned")
@@ -214,3 +196,10 @@ def run_through(steps: Generator[Any, None, Returned]) -> Returned:
             next(steps)
         except StopIteration as end:
             return end.value
+
+
+def parts_of(module: nn.Module, hidden: Tensor, *, cut: Cut, **given: Any) -> Generator[Part, None, Any]:
+    """Run a module by its `steps`; where nothing is cut by a call, so that its hooks run."""
+    if cut is keep_whole:
+        return module(hidden, **given)
+    return (yield from module.steps(hidden, cut=cut, **given))  # type: ignore[operator]

@@ -8,6 +8,7 @@ eq. 21; `mtp_concat_order` says which order eh_proj was made for.
 """
 
 from collections.abc import Generator
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from dsv3.batch import TokenBatch
 from dsv3.config import KEEP_ALL, ModelConfig, RecomputeConfig
-from dsv3.model.block import MoeBlock
+from dsv3.model.block import MoeBlock, parts_of, run_through
 from dsv3.model.interfaces import Cut, LatentCache, Part, Routing, TokenDispatch, keep_whole
 from dsv3.model.linear import Linear, RMSNorm
 from dsv3.model.precision import ORIGINAL, Precision
@@ -57,7 +58,8 @@ class MtpModule(nn.Module):
             halves = (halves[1], halves[0])
         joined = self.eh_proj(torch.cat(halves, dim=-1))
         return (
-            yield from self.block.steps(
+            yield from parts_of(
+                self.block,
                 joined,
                 batch=batch,
                 rotation=rotation,
@@ -68,3 +70,9 @@ class MtpModule(nn.Module):
                 cut=cut,
             )
         )
+
+    def forward(
+        self, hidden: Float[Tensor, "token hidden"], **given: Any
+    ) -> tuple[Float[Tensor, "token hidden"], Routing]:
+        """Run the module as `steps` does, without stopping."""
+        return run_through(self.steps(hidden, **given))

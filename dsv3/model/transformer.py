@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dsv3.batch import TokenBatch
 from dsv3.config import KEEP_ALL, ModelConfig, RecomputeConfig
 from dsv3.fp8.formats import is_fp8
-from dsv3.model.block import DenseBlock, MoeBlock, run_through
+from dsv3.model.block import DenseBlock, MoeBlock, parts_of, run_through
 from dsv3.model.interfaces import (
     Cut,
     LatentCache,
@@ -96,7 +96,8 @@ class Transformer(nn.Module):
         for index in layers:
             block = self.layers[index]
             if isinstance(block, MoeBlock):
-                state, routing = yield from block.steps(
+                state, routing = yield from parts_of(
+                    block,
                     state,
                     batch=batch,
                     rotation=rotation,
@@ -174,7 +175,8 @@ class Transformer(nn.Module):
         """Do the same, stopping after each part of its layer."""
         module = self.mtp[depth]
         assert isinstance(module, MtpModule)
-        hidden, routing = yield from module.steps(
+        hidden, routing = yield from parts_of(
+            module,
             state,
             embedded=self.embed_tokens(batch.tokens),
             batch=batch,

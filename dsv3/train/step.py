@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NoReturn, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -19,7 +19,7 @@ from dsv3.batch import TokenBatch
 from dsv3.config import PrecisionConfig, PretrainConfig
 from dsv3.errors import NonFiniteError
 from dsv3.fp8.recipe import recipe_named
-from dsv3.model.interfaces import Cut, ModelOutput, Part
+from dsv3.model.interfaces import Cut, ModelOutput, Part, keep_whole
 from dsv3.model.precision import Precision, quantise_weights
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.ranks import Alone
@@ -211,16 +211,16 @@ class _Work:
         self, micro_batch: int, *, layers: range, hidden: Tensor | None, cut: Cut, later: Later | None
     ) -> Generator[Part, None, ModelOutput]:
         """Run layers on a micro-batch."""
-        return self.state.model.steps(
-            self.batches[micro_batch],
-            hidden=hidden,
-            layers=layers,
-            dispatch=self.state.ranks.dispatch,
-            recompute=self.state.config.recompute,
-            precision=self.precision if later is None else self.precision.putting_off(later),
-            mtp=self.mtp_weight > 0,
-            cut=cut,
-        )
+        model, batch = self.state.model, self.batches[micro_batch]
+        given: dict[str, Any] = {
+            "dispatch": self.state.ranks.dispatch,
+            "recompute": self.state.config.recompute,
+            "precision": self.precision if later is None else self.precision.putting_off(later),
+            "mtp": self.mtp_weight > 0,
+        }
+        if cut is keep_whole and len(layers) == self.state.config.model.num_hidden_layers:
+            return model(batch, **given)  # a call, so that hooks of the model run
+        return (yield from model.steps(batch, hidden=hidden, layers=layers, cut=cut, **given))
 
     def loss(self, micro_batch: int, *, layers: range, output: ModelOutput) -> Float[Tensor, ""]:
         """Return what these layers add to the loss, and note it."""

@@ -52,9 +52,9 @@ LAYOUTS = {
     "zbv 2, experts 2": (4, {"pipeline": 2, "expert": 2, "schedule": "zbv"}, SLOW),
     "dualpipe 2, data 2, zero": (4, {"pipeline": 2, "zero": True, "schedule": "dualpipe"}, SLOW),
     "woven, experts 2": (2, {"expert": 2, "schedule": "dualpipe_v"}, ()),
-    "dualpipe 2, experts 2, data 2, zero": (
+    "1f1b 2, experts 2, data 2, zero": (
         8,
-        {"pipeline": 2, "expert": 2, "zero": True, "schedule": "dualpipe"},
+        {"pipeline": 2, "expert": 2, "zero": True, "schedule": "1f1b"},
         SLOW,
     ),
 }

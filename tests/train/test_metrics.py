@@ -25,6 +25,8 @@ def metrics_of(step: int, *, loss: float = 3.5) -> StepMetrics:
         bias_update_speed=0.001,
         wire_bytes=0,
         load=(torch.tensor([6, 2]), torch.tensor([4, 4])),
+        rank_loss=(loss,),
+        rank_gradient_norm=(0.0,),
     )
 
 

@@ -154,7 +154,7 @@ def test_a_loaded_optimizer_goes_on_as_if_it_had_never_stopped(dtype: torch.dtyp
     first, second = stopped.moments()
     second_half = Small(seed=9).to(dtype)
     resumed = AdamW(second_half.named_parameters(), config=OptimConfig())
-    resumed.load(steps=3, master=stopped.master, first_moment=first, second_moment=second)
+    resumed.load(steps=3, weights=stopped.master, first_moment=first, second_moment=second)
     run(second_half, resumed, range(3, 7))
 
     for name, parameter in whole.named_parameters():
