@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,7 +18,8 @@ from dsv3.cli.run_settings import (
     SetOption,
     run_settings,
 )
-from dsv3.runtime.rank import is_main_rank
+from dsv3.errors import ConfigError
+from dsv3.runtime.rank import is_main_rank, num_ranks
 
 if TYPE_CHECKING:
     from dsv3.model.transformer import Transformer
@@ -41,6 +42,12 @@ def pretrain(
     data: DataOption = None,
     assignments: SetOption = None,
     config: ConfigOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print what each rank would hold, for as many as --ranks says.")
+    ] = False,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="With --dry-run: ranks there would be; left out, this one.")
+    ] = None,
 ) -> None:
     """Train a recipe from text to an exported model.
 
@@ -50,6 +57,13 @@ def pretrain(
     On many ranks: torchrun --nproc-per-node N --no-python -- dsv3 pretrain ..., all of which see the same run folder.
     """
     wanted = run_settings(recipe, more_data=more_data, run=run, data=data, config_file=config, assignments=assignments)
+    if dry_run:
+        from dsv3.cli.dry_run import describe_plan
+
+        typer.echo(describe_plan(wanted.config, ranks=ranks or num_ranks()))
+        return
+    if ranks is not None:
+        raise ConfigError("--ranks is for --dry-run; how many ranks train is torchrun's to say: --nproc-per-node N")
     try:
         result = train(wanted)
     except KeyboardInterrupt:

@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dsv3.errors import ConfigError
 from dsv3.model.interfaces import DispatchedTokens, Routing
 from dsv3.parallel.exchange import (
     Channel,
@@ -227,19 +226,3 @@ class AllToAllDispatch:
     def receive_back(self, returning: GoingHome) -> Float[Tensor, "token hidden"]:
         """Sum what has come home for each token."""
         return self.hops[0].receive_back(returning)
-
-
-def require_expert_ranks(size: int, *, num_experts: int) -> None:
-    """Refuse a number of ranks that experts do not divide over.
-
-    Raises:
-        ConfigError: names the nearest numbers that they do.
-    """
-    if size >= 1 and num_experts % size == 0:
-        return
-    divisors = [number for number in range(1, num_experts + 1) if num_experts % number == 0]
-    nearest = sorted(sorted(divisors, key=lambda number: abs(number - size))[:2])
-    raise ConfigError(
-        f"{num_experts} routed experts do not divide over an expert axis of {size} ranks; use a divisor of "
-        f"{num_experts}, such as {' or '.join(map(str, nearest))}"
-    )

@@ -13,13 +13,11 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.errors import ConfigError
-from dsv3.parallel.dispatch import Hop, require_expert_ranks
+from dsv3.parallel.dispatch import Hop
 from dsv3.parallel.exchange import Channel
 from dsv3.parallel.link import Link
 from dsv3.parallel.wire import AS_COMPUTED, BF16, FP8
-from dsv3.plan.pipeline import Schedule
-from dsv3.plan.schedules import SCHEDULES, one_f_one_b
-from dsv3.plan.stages import Stages, split_layers
+from dsv3.plan.stages import make_stages, require_expert_ranks, require_whole_pipelines
 from dsv3.runtime.rank import ranks_on_this_machine
 
 PIPELINE, EXPERT_DATA, EXPERT, NODE, IN_NODE = "pipeline", "expert_data", "expert", "node", "in_node"
@@ -29,36 +27,6 @@ PIPELINE, EXPERT_DATA, EXPERT, NODE, IN_NODE = "pipeline", "expert_data", "exper
 def is_expert(name: str) -> bool:
     """Whether a parameter is the routed experts of a layer."""
     return ".experts." in name
-
-
-def make_schedule(config: ParallelConfig, *, num_micro_batches: int) -> Schedule:
-    """Return the schedule that a pipeline of `config` follows for a step of so many micro-batches.
-
-    Raises:
-        ConfigError: it cannot work with so many.
-    """
-    if config.pipeline == 1 and config.schedule != "dualpipe_v":
-        return one_f_one_b(num_ranks=1, num_micro_batches=num_micro_batches)
-    return SCHEDULES[config.schedule](num_ranks=config.pipeline, num_micro_batches=num_micro_batches)
-
-
-def fewest_micro_batches(config: ParallelConfig) -> int:
-    """Return the smallest number of micro-batches that the schedule of `config` can work with."""
-    for number in range(1, 2 * config.pipeline + 1):
-        try:
-            make_schedule(config, num_micro_batches=number)
-        except ConfigError:
-            continue
-        return number
-    raise AssertionError("twice as many as ranks are enough for every schedule")
-
-
-def make_stages(config: ParallelConfig, *, model: ModelConfig, sequence_length: int) -> Stages:
-    """Return the stages that the ranks of a pipeline hold."""
-    # Where stages lie does not hang on the number of micro-batches.
-    routes = make_schedule(config, num_micro_batches=fewest_micro_batches(config)).routes
-    layers = split_layers(model, num_stages=len(routes[0]), sequence_length=sequence_length, counts=config.stage_layers)
-    return Stages(layers=layers, routes=routes, mtp_modules=model.num_nextn_predict_layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +54,7 @@ class Layout:
         num_experts = model.n_routed_experts
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         require_expert_ranks(config.expert, num_experts=num_experts)
-        _require_division(config, world=self.size, num_experts=num_experts)
+        require_whole_pipelines(config, world=self.size, num_experts=num_experts)
         self.config = config
         self.stages = make_stages(config, model=model, sequence_length=sequence_length)
         self.data_size = self.size // config.pipeline
@@ -175,22 +143,3 @@ class Layout:
             Hop(channel=Channel(group=between, link=link), experts_per_rank=own * per_node, out=out, back=back),
             Hop(channel=Channel(group=within), experts_per_rank=own, out=out, back=back),
         )
-
-
-def _require_division(config: ParallelConfig, *, world: int, num_experts: int) -> None:
-    each = config.pipeline * config.expert
-    if world % each == 0:
-        return
-    if world % config.pipeline:
-        fitting = [size for size in range(1, world + 1) if world % size == 0]
-        raise ConfigError(
-            f"{world} ranks do not divide into pipelines of {config.pipeline}; use {', '.join(map(str, fitting))} for "
-            "parallel.pipeline, or another number of ranks"
-        )
-    left = world // config.pipeline
-    fitting = [size for size in range(1, left + 1) if left % size == 0 and num_experts % size == 0]
-    of_each = f"{left} ranks of each stage" if config.pipeline > 1 else f"{world} ranks"
-    raise ConfigError(
-        f"{of_each} do not divide into expert axes of {config.expert}; use {', '.join(map(str, fitting))} for "
-        "parallel.expert, or another number of ranks"
-    )

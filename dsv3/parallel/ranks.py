@@ -19,12 +19,13 @@ from dsv3.model.interfaces import ModelOutput, Part, TokenDispatch
 from dsv3.model.moe import Experts, LocalDispatch
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.dispatch import AllToAllDispatch
-from dsv3.parallel.layout import Layout, Sharers, fewest_micro_batches, is_expert, make_schedule
+from dsv3.parallel.layout import Layout, Sharers, is_expert
 from dsv3.parallel.link import Link
 from dsv3.parallel.messages import Messages
 from dsv3.parallel.pipeline import ChunkWork, Pipeline
 from dsv3.parallel.trace import Trace
 from dsv3.plan.schedules import one_f_one_b
+from dsv3.plan.stages import fewest_micro_batches, make_schedule
 
 Layers = Callable[[range, Tensor | None], Generator[Part, None, ModelOutput]]
 """Runs layers on hidden states, the first ones on none: `Transformer.steps`."""

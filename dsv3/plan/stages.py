@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from dsv3.config import ModelConfig
+from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.errors import ConfigError
 from dsv3.plan.counts import expanded_attention_flops_per_token, layer_counts
+from dsv3.plan.pipeline import Schedule
+from dsv3.plan.schedules import SCHEDULES, one_f_one_b
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,3 +114,73 @@ def _split(costs: list[int], *, num_parts: int, at_the_end: int) -> tuple[int, .
             for end in range(part, total + 1)
         }
     return best[total][1]
+
+
+def make_schedule(config: ParallelConfig, *, num_micro_batches: int) -> Schedule:
+    """Return the schedule that a pipeline of `config` follows for a step of so many micro-batches.
+
+    Raises:
+        ConfigError: it cannot work with so many.
+    """
+    if config.pipeline == 1 and config.schedule != "dualpipe_v":
+        return one_f_one_b(num_ranks=1, num_micro_batches=num_micro_batches)
+    return SCHEDULES[config.schedule](num_ranks=config.pipeline, num_micro_batches=num_micro_batches)
+
+
+def fewest_micro_batches(config: ParallelConfig) -> int:
+    """Return the smallest number of micro-batches that the schedule of `config` can work with."""
+    for number in range(1, 2 * config.pipeline + 1):
+        try:
+            make_schedule(config, num_micro_batches=number)
+        except ConfigError:
+            continue
+        return number
+    raise AssertionError("twice as many as ranks are enough for every schedule")
+
+
+def make_stages(config: ParallelConfig, *, model: ModelConfig, sequence_length: int) -> Stages:
+    """Return the stages that the ranks of a pipeline hold."""
+    # Where stages lie does not hang on the number of micro-batches.
+    routes = make_schedule(config, num_micro_batches=fewest_micro_batches(config)).routes
+    layers = split_layers(model, num_stages=len(routes[0]), sequence_length=sequence_length, counts=config.stage_layers)
+    return Stages(layers=layers, routes=routes, mtp_modules=model.num_nextn_predict_layers)
+
+
+def require_expert_ranks(size: int, *, num_experts: int) -> None:
+    """Refuse a number of ranks that experts do not divide over.
+
+    Raises:
+        ConfigError: names the nearest numbers that they do.
+    """
+    if size >= 1 and num_experts % size == 0:
+        return
+    divisors = [number for number in range(1, num_experts + 1) if num_experts % number == 0]
+    nearest = sorted(sorted(divisors, key=lambda number: abs(number - size))[:2])
+    raise ConfigError(
+        f"{num_experts} routed experts do not divide over an expert axis of {size} ranks; use a divisor of "
+        f"{num_experts}, such as {' or '.join(map(str, nearest))}"
+    )
+
+
+def require_whole_pipelines(config: ParallelConfig, *, world: int, num_experts: int) -> None:
+    """Refuse a number of ranks that do not divide into pipelines of groups that share the experts.
+
+    Raises:
+        ConfigError: says which degrees would do.
+    """
+    each = config.pipeline * config.expert
+    if world % each == 0:
+        return
+    if world % config.pipeline:
+        fitting = [size for size in range(1, world + 1) if world % size == 0]
+        raise ConfigError(
+            f"{world} ranks do not divide into pipelines of {config.pipeline}; use {', '.join(map(str, fitting))} for "
+            "parallel.pipeline, or another number of ranks"
+        )
+    left = world // config.pipeline
+    fitting = [size for size in range(1, left + 1) if left % size == 0 and num_experts % size == 0]
+    of_each = f"{left} ranks of each stage" if config.pipeline > 1 else f"{world} ranks"
+    raise ConfigError(
+        f"{of_each} do not divide into expert axes of {config.expert}; use {', '.join(map(str, fitting))} for "
+        "parallel.expert, or another number of ranks"
+    )

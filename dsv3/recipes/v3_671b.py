@@ -7,6 +7,7 @@ from dsv3.config import (
     ModelConfig,
     MtpLossConfig,
     OptimConfig,
+    ParallelConfig,
     PrecisionConfig,
     PretrainConfig,
 )
@@ -74,6 +75,8 @@ def v3_671b() -> PretrainConfig:
             clip_gradient_norm=1.0,
         ),
         precision=PrecisionConfig(recipe="fp8_v3"),
+        # 2,048 GPUs: 128 pipelines of 16, whose ranks share the experts of a layer by 64 (report 3.2).
+        parallel=ParallelConfig(pipeline=16, schedule="dualpipe", expert=64, wire="fp8", ranks_per_node=8, zero=True),
         mtp=MtpLossConfig(early_weight=0.3, late_weight=0.1, switch_tokens=10_000_000_000_000),
         balance=BalanceConfig(
             method="bias",

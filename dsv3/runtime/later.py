@@ -13,7 +13,7 @@ Waiting = list[tuple[Tensor, Callable[[], Tensor]]]
 
 @dataclass(kw_only=True)
 class Later:
-    """Is asked by backward passes whether gradients of weights may wait; unless something puts them off, they do not."""
+    """Is asked by backward passes whether gradients of weights may wait; unless something puts them off they do not."""
 
     _waiting: Waiting | None = field(default=None)
 

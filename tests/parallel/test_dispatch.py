@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from dsv3.errors import ConfigError
 from dsv3.model.interfaces import Routing
 from dsv3.model.moe import LocalDispatch
-from dsv3.parallel.dispatch import AllToAllDispatch, Hop, require_expert_ranks
+from dsv3.parallel.dispatch import AllToAllDispatch, Hop
 from dsv3.parallel.exchange import Channel
 from dsv3.parallel.wire import BF16, FP8
+from dsv3.plan.stages import require_expert_ranks
 
 TOKENS, HIDDEN, EXPERTS, CHOSEN = 23, 6, 8, 3
 

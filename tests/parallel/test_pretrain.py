@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from dsv3.checkpoint.snapshot import read_snapshot
 from dsv3.config import ParallelConfig, SnapshotConfig
 from dsv3.config.files import write_config
 from dsv3.errors import ConfigError
@@ -78,34 +78,50 @@ def run_config(small_run):
     return replace(small_run, optim=replace(small_run.optim, bf16_moments=False))
 
 
+def in_fours(config, *, data):
+    """Give every pipeline two micro-batches at least; DualPipe of two ranks takes no fewer than four."""
+    rows = config.batch.start_sequences
+    return replace(config, batch=replace(config.batch, micro_batch_sequences=max(1, rows // data // 4)))
+
+
 @pytest.mark.parametrize(
-    ("size", "expert"),
-    [(2, 2), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(4, 2, marks=pytest.mark.slow)],
+    ("size", "parallel"),
+    [
+        (2, {"expert": 2}),
+        pytest.param(2, {"zero": True}, marks=pytest.mark.slow),
+        pytest.param(4, {"expert": 2}, marks=pytest.mark.slow),
+        (4, {"pipeline": 2, "expert": 2, "zero": True, "schedule": "zb1p"}),
+    ],
 )
-def test_a_run_on_many_ranks_is_the_run_on_one(run_config, tmp_path, torchrun, size, expert):
+def test_a_run_on_many_ranks_is_the_run_on_one(run_config, tmp_path, torchrun, size, parallel):
+    config = in_fours(run_config, data=size // parallel.get("pipeline", 1))
     pretrain(run_config, folder=tmp_path / "one")
-    started = torchrun(replace(run_config, parallel=ParallelConfig(expert=expert)), folder=tmp_path / "many", size=size)
+    started = torchrun(replace(config, parallel=ParallelConfig(**parallel)), folder=tmp_path / "many", size=size)
     ended_well(started)
     assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), abs=2e-6)
     one, many = (records(tmp_path / name, "validation")[-1]["bits_per_byte"] for name in ("one", "many"))
     assert many == pytest.approx(one, abs=1e-5)
     snapshots = [sorted(path.name for path in (tmp_path / name / "snapshots").iterdir()) for name in ("one", "many")]
     assert snapshots[0] == snapshots[1]
-    for name, tensor in load_file(tmp_path / "one" / "snapshots" / snapshots[0][-1] / "model.safetensors").items():
-        other = load_file(tmp_path / "many" / "snapshots" / snapshots[0][-1] / "model.safetensors")[name]
-        assert (other - tensor).abs().max() < 1e-4, name
+    (one, _), (many, _) = (read_snapshot(tmp_path / name / "snapshots" / snapshots[0][-1]) for name in ("one", "many"))
+    assert one.keys() == many.keys()
+    for group, named in one.items():
+        assert named.keys() == many[group].keys()
+        for name, tensor in named.items():
+            assert (many[group][name] - tensor).abs().max() < 1e-4, name
     answers = [load(tmp_path / name).generate("the sea", max_tokens=8, temperature=0.0) for name in ("one", "many")]
     assert answers[0] == answers[1]
 
 
 def test_a_snapshot_does_not_know_how_many_ranks_there_were(run_config, tmp_path, torchrun):
-    """Four steps on two ranks that share the experts, four on one rank, four on four."""
+    """Four steps on four ranks that share experts and optimizer, four on a pipeline of two, four on one rank."""
     pretrain(run_config, folder=tmp_path / "whole")
     folder = tmp_path / "run"
-    shared = replace(run_config, parallel=ParallelConfig(expert=2))
-    ended_well(torchrun(shared, folder=folder, size=2, steps=4))
-    pretrain(run_config, folder=folder, stop_after_steps=4)
-    ended_well(torchrun(replace(run_config, parallel=ParallelConfig(expert=4)), folder=folder, size=4))
+    shared = replace(run_config, parallel=ParallelConfig(expert=4, zero=True))
+    ended_well(torchrun(shared, folder=folder, size=4, steps=4))
+    piped = replace(in_fours(run_config, data=1), parallel=ParallelConfig(pipeline=2))
+    ended_well(torchrun(piped, folder=folder, size=2, steps=4))
+    pretrain(run_config, folder=folder)
     assert len(losses(folder)) == 12
     assert losses(folder) == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
 
@@ -115,11 +131,12 @@ def test_a_snapshot_does_not_know_how_many_ranks_there_were(run_config, tmp_path
 def test_a_rank_that_is_killed_costs_the_steps_since_the_last_snapshot_and_nothing_else(
     run_config, tmp_path, torchrun, seed
 ):
+    layouts = (ParallelConfig(expert=2), ParallelConfig(pipeline=2, expert=2, zero=True, schedule="zb1p"))
     config = replace(
-        run_config,
-        parallel=ParallelConfig(expert=2),
+        in_fours(run_config, data=2),
+        parallel=layouts[seed % 2],
         total_tokens=40 * 128,
-        snapshot=SnapshotConfig(every_steps=5),
+        snapshot=SnapshotConfig(every_steps=5, in_background=seed % 4 > 1),
         evaluation=replace(run_config.evaluation, every_steps=1000),
     )
     kill_once(config, tmp_path=tmp_path, torchrun=torchrun, chance=random.Random(seed))
@@ -155,13 +172,13 @@ def test_what_does_not_divide_is_refused_before_anything_is_made(run_config, tmp
     process, log = torchrun(run_config, folder=tmp_path / "run", size=3)
     assert process.wait(60) != 0
     log.seek(0)
-    assert "the rows of a step do not divide over 3 ranks: batch.start_sequences = 4" in log.read()
+    assert "do not divide over 3 ranks that read different ones: batch.start_sequences = 4" in log.read()
     assert not (tmp_path / "run").exists()
 
 
 def test_ranks_on_gpus_are_refused_as_long_as_they_cannot_talk(run_config, monkeypatch):
     monkeypatch.setattr(loop_file, "choose_device", lambda _: torch.device("cuda"))
     two = Alone()
-    two.size = 2
+    two.size = two.data_size = 2
     with pytest.raises(ConfigError, match="2 ranks train on CPUs only so far"):
         loop_file._require_shares(run_config, ranks=two)

@@ -1,0 +1,226 @@
+"""What each rank of a run will hold and do, worked out from its settings alone (report 3.2)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from dsv3.config import ModelConfig, PretrainConfig
+from dsv3.errors import ConfigError
+from dsv3.plan.activations import activation_memory
+from dsv3.plan.counts import layer_counts
+from dsv3.plan.pipeline import Kind, Schedule
+from dsv3.plan.simulate import ChunkCosts, Timeline, simulate
+from dsv3.plan.stages import (
+    Stages,
+    end_cost,
+    layer_costs,
+    make_schedule,
+    make_stages,
+    require_expert_ranks,
+    require_whole_pipelines,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankPlan:
+    """One place of the pipeline; the ranks that stand there differ in their rows and experts alone."""
+
+    pipeline_rank: int
+    ranks: range
+    """Numbers of the ranks that stand there."""
+    stages: tuple[int, ...]
+    layers: tuple[range, ...]
+    """Of each stage."""
+    has_embedding: bool
+    has_end: bool
+    """Final norm, head and MTP modules."""
+    shared_parameters: int
+    """On every rank that stands there."""
+    expert_parameters: int
+    """Routed experts of one rank."""
+    weights: int
+    """Bytes that the model computes with, FP8 copies and FP32 weights behind them included."""
+    gradients: int
+    optimizer: int
+    """Bytes of masters beside the weights, and of both moments; of the own rows where ranks share them."""
+    activations: int
+    """Bytes kept from forward to backward, at the worst moment of a step."""
+    average: int
+    """Bytes of the running average, in CPU memory."""
+
+    @property
+    def on_device(self) -> int:
+        """Everything but the average."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """How a run is laid out over its ranks."""
+
+    world: int
+    data: int
+    """Pipelines, each of which reads other rows."""
+    experts_per_rank: int
+    expert_copies: int
+    """Ranks of a stage that hold the same experts."""
+    micro_batches: int
+    """Of each pipeline in a step, when the batch has grown."""
+    timeline: Timeline
+    places: tuple[RankPlan, ...]
+
+
+def plan_ranks(config: PretrainConfig, *, world: int) -> RunPlan:
+    """Return what `world` ranks hold under `config.parallel`, with weights in BF16 as on a GPU.
+
+    Activations are those of `plan/activations.py`, which counts FP32 where a GPU would keep BF16: an upper bound.
+
+    Raises:
+        ConfigError: ranks, experts, layers or rows do not divide as the settings want it.
+    """
+    parallel, model = config.parallel, config.model
+    require_expert_ranks(parallel.expert, num_experts=model.n_routed_experts)
+    require_whole_pipelines(parallel, world=world, num_experts=model.n_routed_experts)
+    data = world // parallel.pipeline
+    rows = config.batch.final_sequences
+    if rows % data:
+        raise ConfigError(
+            f"batch.final_sequences = {rows} rows do not divide over {data} pipelines; use a multiple of {data}"
+        )
+    micro_batches = -(-rows // (config.batch.micro_batch_sequences * data))
+    schedule = make_schedule(parallel, num_micro_batches=micro_batches)
+    stages = make_stages(parallel, model=model, sequence_length=config.batch.sequence_length)
+    timeline = simulate(schedule, costs=ChunkCosts())
+    places = tuple(
+        _place(config, stages=stages, schedule=schedule, rank=rank, data=data) for rank in range(parallel.pipeline)
+    )
+    return RunPlan(
+        world=world,
+        data=data,
+        experts_per_rank=model.n_routed_experts // parallel.expert,
+        expert_copies=data // parallel.expert,
+        micro_batches=micro_batches,
+        timeline=timeline,
+        places=places,
+    )
+
+
+def stage_shares(config: PretrainConfig, *, stages: Stages) -> list[float]:
+    """Return the share of each stage in the FLOPs of all."""
+    length = config.batch.sequence_length
+    costs = layer_costs(config.model, sequence_length=length)
+    of_stage = [float(sum(costs[layer] for layer in layers)) for layers in stages.layers]
+    of_stage[-1] += end_cost(config.model, sequence_length=length)
+    return [cost / sum(of_stage) for cost in of_stage]
+
+
+def _place(config: PretrainConfig, *, stages: Stages, schedule: Schedule, rank: int, data: int) -> RankPlan:
+    model, parallel = config.model, config.parallel
+    held, last = stages.held_by(rank), len(stages.layers) - 1
+    has_embedding, has_end = rank in stages.holders("embed_tokens"), last in held
+    table = model.vocab_size * model.hidden_size
+    counts: dict[int, list[_Held]] = {}
+    for stage in held:
+        copies = len(stages.holders(f"layers.{stages.layers[stage].start}.")) * data
+        counts.setdefault(copies, []).append(_of_layers(config, layers=stages.layers[stage]))
+    if has_embedding:
+        counts.setdefault(len(stages.holders("embed_tokens")) * data, []).append(_Held(other=table))
+    if has_end:
+        counts.setdefault(len(stages.ends) * data, []).append(_of_end(config))
+    all_held = [one for those in counts.values() for one in those]
+    shared = sum(one.in_fp8 + one.other for one in all_held)
+    experts = sum(one.experts for one in all_held)
+    is_fp8 = config.precision.recipe != "original"
+    wide = sum((one.in_fp8 + one.experts) if is_fp8 else 0 for one in all_held)  # FP32, its own master, and a copy
+    narrow = shared + experts - wide
+    moment = 2 if config.optim.bf16_moments else 4
+    optimizer = average = 0
+    for copies, those in counts.items():
+        for one in those:
+            for number, sharers, is_wide in (
+                (one.in_fp8, copies, is_fp8),
+                (one.other, copies, False),
+                (one.experts, copies // parallel.expert, is_fp8),
+            ):
+                own = -(-number // sharers) if parallel.zero else number
+                optimizer += own * (2 * moment + (0 if is_wide else 4))
+                average += 4 * own if config.optim.ema_decay > 0 else 0
+    return RankPlan(
+        pipeline_rank=rank,
+        ranks=range(rank * data, (rank + 1) * data),
+        stages=held,
+        layers=tuple(stages.layers[stage] for stage in held),
+        has_embedding=has_embedding,
+        has_end=has_end,
+        shared_parameters=shared,
+        expert_parameters=experts,
+        weights=5 * wide + 2 * narrow,
+        gradients=4 * wide + (4 + 2) * narrow,
+        optimizer=optimizer,
+        activations=_peak_activations(config, stages=stages, schedule=schedule, rank=rank),
+        average=average,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Held:
+    """Parameters of one rank, by what becomes of them."""
+
+    in_fp8: int = 0
+    """Matrices of attention, dense layers and shared experts."""
+    other: int = 0
+    experts: int = 0
+
+
+def _of_layers(config: PretrainConfig, *, layers: range) -> _Held:
+    model = config.model
+    of_layer = layer_counts(model)
+    routed = sum(model.is_moe_layer(layer) for layer in layers)
+    vectors = of_layer.norms + model.kv_lora_rank + (model.q_lora_rank or 0)
+    matrices = len(layers) * (of_layer.attention - (vectors - of_layer.norms))
+    matrices += (len(layers) - routed) * of_layer.dense_mlp + routed * of_layer.shared_experts
+    own = model.n_routed_experts // config.parallel.expert
+    return _Held(
+        in_fp8=matrices,
+        other=len(layers) * vectors + routed * (of_layer.router + of_layer.router_bias),
+        experts=routed * own * of_layer.expert,
+    )
+
+
+def _of_end(config: PretrainConfig) -> _Held:
+    """Return the parameters after the last layer: final norm, head, MTP modules."""
+    model, modules = config.model, config.model.num_nextn_predict_layers
+    as_layer = _of_layers(replace(config, model=replace(model, first_k_dense_replace=0)), layers=range(1))
+    joint = 2 * model.hidden_size**2 + 3 * model.hidden_size
+    return _Held(
+        in_fp8=modules * as_layer.in_fp8,
+        other=model.hidden_size * (1 + model.vocab_size) + modules * (as_layer.other + joint),
+        experts=modules * as_layer.experts,
+    )
+
+
+def _peak_activations(config: PretrainConfig, *, stages: Stages, schedule: Schedule, rank: int) -> int:
+    """Return the most bytes that a rank's chunks hold at once, in the order of its schedule."""
+    size: Mapping[int, int] = {
+        stage: _stage_activations(config, stages=stages, stage=stage) for stage in stages.held_by(rank)
+    }
+    held = peak = 0
+    for step in schedule.steps[rank]:
+        held += sum(size[action.stage] for action in step if action.kind is Kind.FORWARD)
+        peak = max(peak, held)
+        held -= sum(size[action.stage] for action in step if action.kind in (Kind.BACKWARD, Kind.WEIGHT))
+    return peak
+
+
+def _stage_activations(config: PretrainConfig, *, stages: Stages, stage: int) -> int:
+    layers, model = stages.layers[stage], config.model
+    is_last = stage == len(stages.layers) - 1
+    dense = sum(not model.is_moe_layer(layer) for layer in layers)
+    part: ModelConfig = replace(
+        model,
+        num_hidden_layers=len(layers),
+        first_k_dense_replace=dense,
+        num_nextn_predict_layers=model.num_nextn_predict_layers if is_last else 0,
+    )
+    kept = activation_memory(replace(config, model=part))
+    tokens = config.batch.micro_batch_sequences * config.batch.sequence_length
+    return kept.per_token * tokens + (kept.per_pass if is_last else 0)
