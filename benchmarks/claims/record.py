@@ -31,10 +31,13 @@ class Claim:
         return self.ratio >= self.target
 
 
-def arguments(description: str) -> argparse.Namespace:
+def arguments(description: str, **files: str) -> argparse.Namespace:
+    """Read the command line; `files` are further options that take one, with their help."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="under three minutes, with fewer tokens")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the claims here")
+    for name, told in files.items():
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=told)
     return parser.parse_args()
 
 

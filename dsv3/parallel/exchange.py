@@ -13,7 +13,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dsv3.parallel.link import Link
+from dsv3.parallel.link import Link, Message
 from dsv3.parallel.wire import AS_COMPUTED, Wire
 
 
@@ -41,11 +41,11 @@ class Channel:
         """Begin to exchange rows, which are ordered by the rank they go to."""
         rows = rows.contiguous()
         received = rows.new_empty(sum(splits.received), *rows.shape[1:])
-        due = self.link.begin(rows.nbytes)
+        message = self.link.begin(rows.nbytes)
         work = dist.all_to_all_single(
             received, rows, list(splits.received), list(splits.sent), group=self.group, async_op=True
         )
-        return Pending(channel=self, work=work, due=due, received=received, sent=rows)
+        return Pending(channel=self, work=work, message=message, received=received, sent=rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +54,14 @@ class Pending:
 
     channel: Channel
     work: dist.Work
-    due: float
+    message: Message
     received: Tensor
     sent: Tensor
     """Kept until they have gone."""
 
     def end(self) -> Tensor:
         """Return the rows that all ranks have sent here, in order of rank."""
-        self.channel.link.end(self.work, due=self.due)
+        self.channel.link.end(self.work, message=self.message)
         return self.received
 
 

@@ -3,9 +3,21 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.distributed as dist
+
+from dsv3.parallel.trace import NETWORK, Trace
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Message:
+    """Something under way."""
+
+    num_bytes: int
+    began: float
+    due: float
+    """When it may be there; it may be later."""
 
 
 @dataclass(kw_only=True)
@@ -19,6 +31,7 @@ class Link:
     bytes_per_second: float = float("inf")
     waited_seconds: float = 0.0
     """Time this rank has spent waiting, all in all."""
+    trace: Trace = field(default_factory=Trace)
 
     @property
     def is_slowed(self) -> bool:
@@ -29,15 +42,20 @@ class Link:
         """Return how long a message of so many bytes takes at least."""
         return self.latency_seconds + num_bytes / self.bytes_per_second
 
-    def begin(self, num_bytes: int) -> float:
-        """Return when a message of so many bytes that begins now may be there."""
-        return time.perf_counter() + self.seconds(num_bytes)
+    def begin(self, num_bytes: int) -> Message:
+        """Take note of a message of so many bytes that begins now."""
+        now = time.perf_counter()
+        return Message(num_bytes=num_bytes, began=now, due=now + self.seconds(num_bytes))
 
-    def end(self, work: dist.Work, *, due: float) -> None:
+    def end(self, work: dist.Work, *, message: Message) -> None:
         """Wait until it is there."""
+        asked = time.perf_counter()
         with self.waiting():
             work.wait()
-            time.sleep(max(0.0, due - time.perf_counter()))
+            time.sleep(max(0.0, message.due - time.perf_counter()))
+        # When a message came that nobody waited for is known only where the delay was ours.
+        there = message.due if self.is_slowed and message.due < asked else time.perf_counter()
+        self.trace.note(f"{message.num_bytes:,} bytes", track=NETWORK, start=message.began, end=there)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

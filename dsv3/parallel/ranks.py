@@ -155,6 +155,7 @@ class Ranks(Alone):
         """
         super().__init__()
         self.link = link or Link()
+        self.link.trace = self.trace
         self.layout = Layout(config, model=model, sequence_length=sequence_length, link=self.link)
         self.rank, self.size = self.layout.rank, self.layout.size
         self.data_rank, self.data_size = self.layout.data_rank, self.layout.data_size

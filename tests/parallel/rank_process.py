@@ -3,8 +3,9 @@
 import pickle
 import sys
 from datetime import timedelta
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -12,10 +13,10 @@ import torch.distributed as dist
 
 def main() -> None:
     file, name, folder, size, rank = sys.argv[1:]
-    spec = spec_from_file_location(Path(file).stem, file)
-    module = module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    package = ModuleType("ranks")  # so that one test module may import from another beside it
+    package.__path__ = [str(Path(file).parent)]
+    sys.modules["ranks"] = package
+    module = import_module(f"ranks.{Path(file).stem}")
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group(
