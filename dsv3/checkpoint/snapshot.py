@@ -250,8 +250,10 @@ class OpenSnapshot:
         """Return a tensor, or `count` rows of it."""
         pieces = self._pieces[group][name]
         end = pieces[-1].end if count is None else first + count
-        wanted = [piece for piece in pieces if piece.first < end and piece.end > first] or pieces[:1]
+        wanted = [piece for piece in pieces if piece.first < end and piece.end > first]
         try:
+            if first >= end:
+                return pieces[0].read(pieces[0].first, pieces[0].end)[:0]
             parts = [piece.read(max(first, piece.first), min(end, piece.end)) for piece in wanted]
         except (OSError, SafetensorError) as error:
             raise SnapshotError(f"cannot read the snapshot {self.path}: {error}") from error

@@ -5,17 +5,30 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 import dsv3.checkpoint.snapshot as snapshot_file
-from dsv3.checkpoint.snapshot import latest_snapshot, read_snapshot, save_snapshot, verify_snapshot
+from dsv3.checkpoint.snapshot import (
+    OpenSnapshot,
+    Saving,
+    latest_snapshot,
+    piece_name,
+    read_snapshot,
+    save_snapshot,
+    verify_snapshot,
+)
 from dsv3.config import SnapshotConfig
 from dsv3.errors import SnapshotError
+from dsv3.parallel.ranks import Alone
 
 KEEP_2 = SnapshotConfig(keep_last=2)
 
@@ -217,3 +230,106 @@ def test_a_kill_at_any_moment_leaves_a_good_snapshot(tmp_path: Path):
         assert newest is not None
         tensors, state = read_snapshot(newest)
         assert torch.equal(tensors["model"]["a"], torch.full((1 << 18,), float(state["step"])))
+
+
+class Crew(Alone):
+    """Ranks in threads of one process, who meet to gather."""
+
+    def __init__(self, rank, *, size, board):
+        super().__init__()
+        self.rank, self.size, self._board = rank, size, board
+
+    def gather(self, value):
+        barrier, values = self._board
+        values[self.rank] = value
+        barrier.wait(20)
+        found = list(values)
+        barrier.wait(20)
+        return found
+
+    def total(self, values):
+        return [sum(one) for one in zip(*self.gather(list(values)), strict=True)]
+
+
+def on_crew(do, *, size):
+    """Call a function once for each rank, all at a time; return what each has returned or raised."""
+    board, found = (threading.Barrier(size), [None] * size), [None] * size
+
+    def one(rank):
+        try:
+            found[rank] = do(Crew(rank, size=size, board=board))
+        except Exception as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return found
+
+
+@given(st.integers(1, 5), st.integers(1, 11), st.booleans(), st.data())
+def test_pieces_of_many_ranks_are_read_as_whole_tensors_or_as_any_rows(tmp_path_factory, size, rows, late, data):
+    folder = tmp_path_factory.mktemp("pieces")
+    whole, plain = torch.arange(rows * 3.0).view(rows, 3), torch.ones(2, dtype=torch.bfloat16)
+    cuts = [rows * rank // size for rank in range(size + 1)]
+
+    def save(ranks):
+        first, end = cuts[ranks.rank : ranks.rank + 2]
+        named = {piece_name("w", first=first, end=end): whole[first:end]} if end > first else {}
+        tensors = {"model": named | ({"plain": plain} if ranks.rank == 0 else {})}
+        saving = Saving(
+            folder, step=7, tensors=tensors, state={"tokens": 70}, policy=KEEP_2, ranks=ranks, in_background=late
+        )
+        named.clear()
+        return saving.finish()
+
+    assert on_crew(save, size=size) == [folder / "step-000007"] * size
+    tensors, state = read_snapshot(folder / "step-000007")
+    assert state == {"step": 7, "tokens": 70}
+    assert torch.equal(tensors["model"]["w"], whole)
+    assert torch.equal(tensors["model"]["plain"], plain)
+    first = data.draw(st.integers(0, rows))
+    count = data.draw(st.integers(0, rows - first))
+    found = OpenSnapshot(folder / "step-000007").read("model", "w", first=first, count=count)
+    assert torch.equal(found, whole[first : first + count])
+
+
+def test_what_fails_on_one_rank_fails_on_all_and_leaves_the_last_good_one(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def fail(tensors, path):
+        if path.name.endswith("-00001.safetensors"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(tensors, path)
+
+    original = safetensors.torch.save_file
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    found = on_crew(
+        lambda ranks: save_snapshot(
+            tmp_path, step=2, tensors={"model": {f"w{ranks.rank}": torch.ones(2)}}, state={}, policy=KEEP_2, ranks=ranks
+        ),
+        size=3,
+    )
+    assert [type(one) for one in found] == [SnapshotError] * 3
+    assert len({str(one) for one in found}) == 1
+    assert "the last good one, step-000001, is untouched" in str(found[0])
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_what_is_changed_while_it_is_written_is_written_as_it_was(tmp_path):
+    weights = torch.ones(1000)
+    saving = Saving(
+        tmp_path, step=1, tensors={"model": {"w": weights}}, state={}, policy=KEEP_2, ranks=Alone(), in_background=True
+    )
+    weights.zero_()
+    tensors, _ = read_snapshot(saving.finish())
+    assert torch.equal(tensors["model"]["w"], torch.ones(1000))
+
+
+def test_rows_that_no_rank_has_written_are_missed(tmp_path):
+    pieces = {piece_name("w", first=0, end=2): torch.ones(2), piece_name("w", first=3, end=4): torch.ones(1)}
+    path = save_snapshot(tmp_path, step=1, tensors={"model": pieces}, state={}, policy=KEEP_2)
+    with pytest.raises(SnapshotError, match="rows of w are missing from model"):
+        read_snapshot(path)

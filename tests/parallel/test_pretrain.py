@@ -163,7 +163,7 @@ def kill_once(config, *, tmp_path, torchrun, chance):
     os.kill(chance.choice(ranks), signal.SIGKILL)
     ended_well(started)
     assert losses(tmp_path / "killed") == losses(tmp_path / "untouched")  # bit for bit: the same layout
-    assert records(tmp_path / "killed", "resume") or wait_for < 5
+    assert records(tmp_path / "killed", "resume") or wait_for < 10  # the first may not have been complete
 
 
 def test_what_does_not_divide_is_refused_before_anything_is_made(run_config, tmp_path, torchrun):
