@@ -38,8 +38,8 @@ def describe_plan(config: PretrainConfig, *, ranks: int) -> str:
         "",
         *aligned([HEADER, *(_row(place) for place in plan.places)]),
         "",
-        "GB of a rank. 'kept' is what waits for the backward pass at the worst moment, in FP32 where the CPU path keeps it",
-        "so: an upper bound for BF16. Buffers of communication and what a kernel needs for a moment are not in it.",
+        "GB of a rank. 'kept' waits for the backward pass, at the worst moment, in FP32 where the CPU path has FP32:",
+        "an upper bound for BF16. Buffers of communication and what a kernel needs for a moment are not in it.",
         *_average(plan),
     ]
     return "\n".join(lines)

@@ -5,7 +5,7 @@ which its schedule makes them.
 """
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,22 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv3.parallel.link import Link
-from dsv3.plan.pipeline import Action, Kind, Schedule
+from dsv3.plan.pipeline import Action, Schedule
 
 AHEAD = 2
 """Messages that a rank is ready to take before it needs them."""
-
-
-def receiver(schedule: Schedule, action: Action) -> int | None:
-    """Return the pipeline rank that waits for what an action makes; None if it stays, or is for nobody."""
-    forward = action.kind is Kind.FORWARD
-    if action.kind is Kind.WEIGHT:
-        return None
-    stage = action.stage + (1 if forward else -1)
-    if not 0 <= stage < schedule.num_stages:
-        return None
-    there = schedule.rank_of(Action(Kind.FORWARD, stage, action.micro_batch))
-    return None if there == schedule.rank_of(action) else there
 
 
 @dataclass(kw_only=True)
@@ -39,6 +27,17 @@ class _Coming:
     buffer: Tensor
     works: list[dist.Work]
     sent_at: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Leaving:
+    """A message on its way from here."""
+
+    work: dist.Work
+    tensor: Tensor
+    """Kept until it has gone."""
+    taken_in: int
+    """Step of its receiver that it is for."""
 
 
 @dataclass(kw_only=True)
@@ -53,33 +52,39 @@ class Messages:
     """Makes room for the hidden states of a micro-batch."""
     _coming: dict[int, list[Action]] = field(init=False)
     """By the rank that they come from, in order."""
+    _step_of: dict[Action, int] = field(init=False)
+    """Which step of its rank each action is."""
     _ready: dict[Action, _Coming] = field(default_factory=dict)
     _num_ready: dict[int, int] = field(default_factory=lambda: defaultdict(int))
-    _leaving: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
+    _leaving: dict[int, deque[_Leaving]] = field(default_factory=lambda: defaultdict(deque))
+    """By the rank that they go to, in order."""
 
     def __post_init__(self) -> None:
-        me = self.group.rank()
+        schedule, me = self.schedule, self.group.rank()
+        for_me = {made for made, wanted in schedule.carried.items() if schedule.rank_of(wanted) == me}
         self._coming = {
-            rank: [action for step in steps for action in step if receiver(self.schedule, action) == me]
-            for rank, steps in enumerate(self.schedule.steps)
+            rank: [action for step in steps for action in step if action in for_me]
+            for rank, steps in enumerate(schedule.steps)
+        }
+        self._step_of = {
+            action: number for steps in schedule.steps for number, step in enumerate(steps) for action in step
         }
 
     def send(self, tensor: Tensor, *, action: Action) -> None:
         """Begin to send what an action has made to the rank that waits for it."""
-        to = receiver(self.schedule, action)
-        assert to is not None
+        wanted = self.schedule.carried[action]
+        to = self.schedule.rank_of(wanted)
         for part in (tensor.contiguous(), self._now()):
             if part is not None:
                 work = dist.isend(part, group=self.group, group_dst=to)
                 assert work is not None
-                self._leaving.append((work, part))
+                self._leaving[to].append(_Leaving(work=work, tensor=part, taken_in=self._step_of[wanted]))
 
     def receive(self, action: Action) -> Tensor:
         """Return what an action on another rank has made."""
         source = self.schedule.rank_of(action)
         order = self._coming[source]
-        place = order.index(action)
-        for one in order[self._num_ready[source] : place + 1 + AHEAD]:
+        for one in order[self._num_ready[source] : order.index(action) + 1 + AHEAD]:
             self._get_ready(one, source=source)
         coming = self._ready.pop(action)
         with self.link.waiting():
@@ -88,14 +93,18 @@ class Messages:
             if coming.sent_at is not None:
                 late = coming.sent_at.item() + self.link.seconds(coming.buffer.nbytes) - time.perf_counter()
                 time.sleep(max(0.0, late))
+        # That rank has done this step, so it has taken what it needed for it: no wait, and the memory is free.
+        leaving = self._leaving[source]
+        while leaving and leaving[0].taken_in <= self._step_of[action]:
+            leaving.popleft().work.wait()
         return coming.buffer
 
     def finish(self) -> None:
         """Wait until everything that was sent has been taken."""
         with self.link.waiting():
-            for work, _ in self._leaving:
-                work.wait()
-        self._leaving.clear()
+            for leaving in self._leaving.values():
+                while leaving:
+                    leaving.popleft().work.wait()
 
     def _get_ready(self, action: Action, *, source: int) -> None:
         buffer = self.room(action.micro_batch)

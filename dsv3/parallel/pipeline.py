@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dsv3.model.interfaces import Cut, ModelOutput, Part, keep_whole
-from dsv3.parallel.messages import Messages, receiver
+from dsv3.parallel.messages import Messages
 from dsv3.parallel.tape import Box, Tape
 from dsv3.parallel.trace import Trace
 from dsv3.plan.pipeline import Action, Kind, Schedule
@@ -193,6 +193,6 @@ class Pipeline:
 
     def _hand_on(self, action: Action) -> None:
         """Send what an action has made, if another rank waits for it."""
-        if action in self._stays and receiver(self.schedule, action) is not None:
+        if action in self._stays and action in self.schedule.carried:
             assert self.messages is not None
             self.messages.send(self._stays.pop(action), action=action)

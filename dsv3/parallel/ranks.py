@@ -105,7 +105,7 @@ class Alone:
         `gradients` are those of the rank's own rows.
         """
         norms = torch._foreach_norm(list(gradients.values()))
-        return torch.stack(norms).norm().item() if norms else 0.0
+        return torch.stack(norms).double().square().sum().sqrt().item() if norms else 0.0
 
     def share_weights(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Give the rows that were stepped here to all ranks that hold the same parameters, and take theirs."""

@@ -1,6 +1,6 @@
 """What a pipeline schedule is: for each rank, the order of its forward and backward chunks (report 3.2.1).
 
-A schedule is plain data. `schedules.py` makes them, `simulate.py` runs them on paper. Nothing runs them for good yet.
+A schedule is plain data. `schedules.py` makes them, `simulate.py` runs them on paper, `parallel/pipeline.py` for good.
 """
 
 from collections import Counter
@@ -97,6 +97,13 @@ class Schedule:
             return (Action(Kind.INPUT, stage, micro_batch),)
         forward = Action(Kind.FORWARD, stage, micro_batch)
         return (forward, self._backward[stage + 1, micro_batch]) if stage + 1 < self.num_stages else (forward,)
+
+    @cached_property
+    def carried(self) -> dict[Action, Action]:
+        """For each action that makes something for another rank, the action there that waits for it."""
+        actions = (action for rank in self.steps for step in rank for action in step)
+        pairs = ((need, action) for action in actions for need in self.needs(action))
+        return {need: action for need, action in pairs if self.rank_of(need) != self.rank_of(action)}
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """Return the stages whose weights a rank holds."""

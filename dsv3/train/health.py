@@ -3,11 +3,13 @@
 import faulthandler
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean, median, pstdev
 from typing import IO
 
 from dsv3.config import HealthConfig
+from dsv3.parallel.ranks import Alone
 
 MEMORY = 100
 """Steps that a loss is held against."""
@@ -55,17 +57,17 @@ class StragglerFinder:
 
 
 class HangWatch:
-    """Writes down where every thread of this rank stands, if it is not wound up again in time.
+    """Writes down where every thread of this rank stands, if it is not wound up again in time; of several ranks alone.
 
     It takes no part in what hangs: the interpreter's own watchdog thread writes, whoever holds its lock.
     """
 
-    def __init__(self, config: HealthConfig, *, folder: Path, rank: int) -> None:
+    def __init__(self, config: HealthConfig, *, folder: Path, ranks: Alone) -> None:
         """Get ready to write `folder`/stacks/rank-R.txt."""
         self._seconds = config.hang_seconds
-        self._path = folder / "stacks" / f"rank-{rank}.txt"
+        self._path = folder / "stacks" / f"rank-{ranks.rank}.txt"
         self._file: IO[str] | None = None
-        if self._seconds:
+        if self._seconds and ranks.size > 1:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("w", encoding="utf-8")
 
@@ -82,3 +84,5 @@ class HangWatch:
         self._file.close()
         if self._path.exists() and not self._path.stat().st_size:
             self._path.unlink()
+            with suppress(OSError):  # others have written there, or are about to leave as well
+                self._path.parent.rmdir()

@@ -118,6 +118,7 @@ def _train(
                     run.validate()
                 if run.is_time_to(config.snapshot.every_steps):
                     run.save()
+                run.watch.wind_up()
                 # Signals do not reach all ranks in the same step, nor are their files written in the same one.
                 wants_stop, unwritten = ranks.total([stop.requested, not run.is_written])
                 stopping = wants_stop > 0
@@ -183,7 +184,7 @@ class _Run:
                 "no document was held out, so there is no validation; raise data.held_out_rate in a new run to have one"
             )
         log = MetricsLog(folder, resumed_step=state.step) if ranks.rank == 0 else UnwrittenLog()
-        watch = HangWatch(config.health, folder=folder, rank=ranks.rank)
+        watch = HangWatch(config.health, folder=folder, ranks=ranks)
         run = cls(
             config=config,
             folder=folder,
@@ -244,7 +245,6 @@ class _Run:
         seconds = time.perf_counter() - started
         computed = ranks.gather_numbers(seconds - (ranks.link.waited_seconds - waited))
         self.steps_taken += 1
-        self.watch.wind_up()
         self.tell("step", metrics=self.log.step(metrics, seconds=seconds, rank_seconds=computed))
         self._look_after(metrics, computed=computed, first_row=first_row)
         if ranks.trace.is_on and self.steps_taken > self.config.parallel.trace_steps:
@@ -255,9 +255,7 @@ class _Run:
         state = self.state
         [tokens] = state.ranks.total_over_data([sum(batch.num_tokens for batch in batches)])
         state.step, state.tokens = state.step + 1, state.tokens + int(tokens)
-        self.watch.wind_up()
-        self.log.incident("skipped", step=state.step, told=told)
-        get_logger(__name__).warning("%s; its rows are passed over (health.on_non_finite=skip)", told)
+        self._note("skipped", told=f"{told}; its rows are passed over (health.on_non_finite=skip)")
 
     def _look_after(self, metrics: StepMetrics, *, computed: list[float], first_row: int) -> None:
         """Write down what is not as it should be."""
@@ -266,12 +264,15 @@ class _Run:
             told = (
                 f"the loss is {metrics.loss:.4g} where {expected:.4g} was expected, in {self.state.describe_rows(rows)}"
             )
-            self.log.incident("spike", step=metrics.step, told=told)
-            get_logger(__name__).warning("step %d: %s", metrics.step, told)
+            self._note("spike", told=told)
         for rank in self.stragglers.add(computed):
             told = f"rank {rank} computes {computed[rank]:.3g} s a step, the median rank {median(computed):.3g} s"
-            self.log.incident("straggler", step=metrics.step, told=told)
-            get_logger(__name__).warning("step %d: %s", metrics.step, told)
+            self._note("straggler", told=told)
+
+    def _note(self, kind: str, *, told: str) -> None:
+        self.log.incident(kind, step=self.state.step, told=told)
+        if self.state.ranks.rank == 0:
+            get_logger(__name__).warning("step %d: %s", self.state.step, told)
 
     def _write_traces(self) -> None:
         """Write when each rank did what in the traced steps."""

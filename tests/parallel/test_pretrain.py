@@ -96,7 +96,8 @@ def in_fours(config, *, data):
 def test_a_run_on_many_ranks_is_the_run_on_one(run_config, tmp_path, torchrun, size, parallel):
     config = in_fours(run_config, data=size // parallel.get("pipeline", 1))
     pretrain(run_config, folder=tmp_path / "one")
-    started = torchrun(replace(config, parallel=ParallelConfig(**parallel)), folder=tmp_path / "many", size=size)
+    shared = ParallelConfig(**parallel, trace_steps=2)
+    started = torchrun(replace(config, parallel=shared), folder=tmp_path / "many", size=size)
     ended_well(started)
     assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), abs=2e-6)
     one, many = (records(tmp_path / name, "validation")[-1]["bits_per_byte"] for name in ("one", "many"))
@@ -109,6 +110,13 @@ def test_a_run_on_many_ranks_is_the_run_on_one(run_config, tmp_path, torchrun, s
         assert named.keys() == many[group].keys()
         for name, tensor in named.items():
             assert (many[group][name] - tensor).abs().max() < 1e-4, name
+    (trace,) = (tmp_path / "many" / "traces").iterdir()
+    assert {event["pid"] for event in json.loads(trace.read_text())["traceEvents"]} == set(range(size))
+    last = records(tmp_path / "many", "step")[-1]
+    assert sum(last["rank_loss"]) == pytest.approx(last["loss"])
+    assert len(last["rank_grad_norm"]) == size
+    assert all(0 < spent < last["seconds"] * 1.5 for spent in last["rank_seconds"])
+    assert not (tmp_path / "many" / "stacks").exists()
     answers = [load(tmp_path / name).generate("the sea", max_tokens=8, temperature=0.0) for name in ("one", "many")]
     assert answers[0] == answers[1]
 

@@ -187,6 +187,20 @@ def test_every_loss_counts_all_ranks_and_layers(on_ranks, settings, parallel):
         assert (found - numbers).abs().max() < 1e-5 * numbers.abs().max().clamp(max=10)
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", pytest.param("zb1p", marks=SLOW), pytest.param("dualpipe", marks=SLOW)])
+def test_fp8_on_a_pipeline_is_fp8_on_one_rank(on_ranks, schedule):
+    """The rows are the same, and so are the tiles. What DualPipe adds up in another order, FP8 makes larger.
+
+    Without MTP, whose share in the embedding's gradient is added up elsewhere.
+    """
+    numbers, *_ = on_one_rank(recipe="fp8_v3", mtp=0.0)
+    for found, *_ in on_ranks(
+        train, size=2, parallel=ParallelConfig(pipeline=2, schedule=schedule), recipe="fp8_v3", mtp=0.0
+    ):
+        assert (found[:2, 0] - numbers[:2, 0]).abs().max() < 1e-6
+        assert (found[:, 0] - numbers[:, 0]).abs().max() < (0.02 if schedule == "dualpipe" else 1e-6)
+
+
 @pytest.mark.slow
 def test_fp8_begins_alike_and_stays_close(on_ranks):
     """Not bit for bit: the tiles of Wgrad are 128 tokens long, and which tokens are neighbours depends on the ranks."""

@@ -45,9 +45,12 @@ HANG = """
 import sys, time
 from pathlib import Path
 from dsv3.config import HealthConfig
+from dsv3.parallel.ranks import Alone
 from dsv3.train.health import HangWatch
 
-watch = HangWatch(HealthConfig(hang_seconds=0.3), folder=Path(sys.argv[1]), rank=3)
+ranks = Alone()
+ranks.rank, ranks.size = 3, 4
+watch = HangWatch(HealthConfig(hang_seconds=0.3), folder=Path(sys.argv[1]), ranks=ranks)
 watch.wind_up()
 
 def stuck_in_something(seconds):

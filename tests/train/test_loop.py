@@ -13,7 +13,7 @@ import torch
 import dsv3.train.loop as loop_file
 from dsv3.checkpoint.published import load_published
 from dsv3.checkpoint.snapshot import read_snapshot
-from dsv3.config import PretrainConfig, SnapshotConfig
+from dsv3.config import HealthConfig, PretrainConfig, SnapshotConfig
 from dsv3.config.files import read_config
 from dsv3.data.prepare import load_prepared
 from dsv3.errors import ConfigError, NonFiniteError, SnapshotError, TrainingError
@@ -209,6 +209,28 @@ def test_watching_and_validating_change_nothing_that_is_learned(
     (ours, _), (theirs, _) = (read_snapshot(end) for end in ends)
     for group, named in ours.items():
         assert all(torch.equal(tensor, theirs[group][name]) for name, tensor in named.items())
+
+
+def test_a_step_that_cannot_be_taken_is_passed_over_where_that_is_wanted(
+    without_extras: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    original = loop_file.train_step
+
+    def faulty(state: loop_file.TrainState, **given: object) -> loop_file.StepMetrics:
+        if state.step == 5:
+            raise NonFiniteError("step 6 cannot be taken: the loss is nan")
+        return original(state, **given)
+
+    monkeypatch.setattr(loop_file, "train_step", faulty)
+    config = replace(without_extras, health=HealthConfig(on_non_finite="skip"))
+    result = pretrain(config, folder=tmp_path)
+    assert result.finished
+    assert [record["step"] for record in records(tmp_path, "step")] == [*range(1, 6), *range(7, 13)]
+    (skipped,) = records(tmp_path, "skipped")
+    assert skipped["step"] == 6
+    assert skipped["message"].startswith("step 6 cannot be taken: the loss is nan; its rows are passed over")
+    assert load_prepared(tmp_path / "corpus")  # and the run's snapshots go on from there
+    assert pretrain(config, folder=tmp_path).step == 12
 
 
 def test_without_held_out_text_it_trains_and_says_so(
