@@ -143,20 +143,20 @@ class Pipeline:
     def _backward(self, action: Action) -> Generator[Part, None, None]:
         place = (action.stage, action.micro_batch)
         chunk = self._chunks.pop(place)
-        roots: list[Tensor | GradientEdge] = []
-        slopes: list[Tensor | None] = []
+        roots: list[GradientEdge] = []
+        slopes: list[Tensor] = []
         if chunk.made is not None:
             _, after = self.schedule.needs(action)
             roots.append(chunk.made)
             slopes.append(self._take(after))
         if chunk.loss is not None and chunk.loss.requires_grad:
-            roots.append(chunk.loss)
-            slopes.append(None)
+            roots.append(get_gradient_edge(chunk.loss))
+            slopes.append(torch.ones_like(chunk.loss))
         puts_off = action.kind is Kind.INPUT
         waiting: Waiting = []
         pieces = chunk.tape.backward()
         with self._putting_off(waiting, when=puts_off or self._cuts):
-            torch.autograd.backward(roots, slopes)  # type: ignore[arg-type] (it takes both kinds at once)
+            torch.autograd.backward(roots, slopes)
         while True:
             with self._putting_off(waiting, when=puts_off or self._cuts):
                 part = next(pieces, None)

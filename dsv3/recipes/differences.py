@@ -56,7 +56,7 @@ def _reason(config: PretrainConfig, *, key: str, value: Any, of_recipe: dict[str
     if key not in of_recipe or value != of_recipe[key]:
         origin = f"; recipe '{config.recipe}' has {of_recipe[key]}" if key in of_recipe else ""
         return f"{NO_REASON}{origin}"
-    return REASONS[config.recipe].get(key) or _OUTSIDE_THE_REPORT.get(key.partition(".")[0], NO_REASON)
+    return REASONS[config.recipe].get(key) or _OF_NO_CONSEQUENCE.get(key.partition(".")[0], NO_REASON)
 
 
 def _scaled(config: PretrainConfig) -> dict[str, tuple[Any, str]]:
@@ -80,12 +80,14 @@ def _scaled(config: PretrainConfig) -> dict[str, tuple[Any, str]]:
     return values
 
 
-_OUTSIDE_THE_REPORT = {
+_OF_NO_CONSEQUENCE = {
     "snapshot": "the report does not say; changes what is kept, not what is learned",
     "evaluation": "the report does not say; changes what is measured, not what is learned",
     "runtime": "the report does not say; where and how this machine computes",
+    "health": "the report does not say; what is done about faults",
+    "parallel": "the published layout is of 2,048 GPUs; changes memory and speed, not what is learned",
 }
-"""Groups of settings for which the report publishes nothing."""
+"""Groups of settings that decide nothing of what is learned."""
 
 _SMALLER = "a smaller model: every width and count is smaller, their roles are the same"
 _FEWER_EXPERTS = "a smaller model has fewer experts; groups, biased choice and gates work as published"
@@ -202,6 +204,7 @@ LEFT_OPEN: dict[str, str] = {
     "optim.ema_decay": "the report keeps an average and does not say how long",
     "optim.weight_decay": "published; which parameters it skips is not: one-dimensional ones",
     "precision.swiglu_cache_power_of_two": "how scales of this cache are rounded; three others are powers of two",
+    "parallel.stage_layers": "how 61 layers fall into 16 stages; ours has each stage take equally many FLOPs",
     "batch.multiple_of": "the ramp is published by its ends only; ours is linear in tokens, in steps of this many",
 }
 """Settings of which the report leaves the value, or a part of the meaning, open: what was chosen here."""
