@@ -23,6 +23,7 @@ VERBS = (
     "generate",
     "chat",
     "evaluate",
+    "eval",
     "convert",
     "report",
     "serve",
