@@ -5,20 +5,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.errors import ConfigError
 from dsv3.parallel.ranks import Alone, Ranks
+from dsv3.runtime.device import choose_device
 from dsv3.runtime.log import ROOT, get_logger
-from dsv3.runtime.rank import is_main_rank, num_ranks, num_restarts
+from dsv3.runtime.rank import is_main_rank, num_ranks, num_restarts, rank_on_this_machine, ranks_on_this_machine
 
 
 @contextmanager
-def open_ranks(config: ParallelConfig, *, model: ModelConfig, sequence_length: int) -> Iterator[Alone]:
+def open_ranks(
+    config: ParallelConfig, *, model: ModelConfig, sequence_length: int, device: str = "cpu"
+) -> Iterator[Alone]:
     """Join the ranks that torchrun has started, and leave them at the end; without torchrun there is one.
 
-    They talk over gloo. All but the first say only what is wrong.
+    They talk over gloo about what lies on the CPU, and over NCCL about what lies on GPUs, of which each takes the one
+    with its number on the machine (never run: no GPU was at hand). All but the first say only what is wrong.
 
     Raises:
         ConfigError: the settings want more ranks than there are, or others.
@@ -46,8 +51,29 @@ def open_ranks(config: ParallelConfig, *, model: ModelConfig, sequence_length: i
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
     # torchrun keeps its store over a restart (2.13), and with it the addresses of processes that are gone.
     store = dist.PrefixStore(f"attempt-{num_restarts()}", store)  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+    dist.init_process_group(_backend(device), store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         yield Ranks(config, model=model, sequence_length=sequence_length)
     finally:
         dist.destroy_process_group()
+
+
+def _backend(device: str) -> str:
+    """Return what ranks talk over, having taken this rank's GPU where they compute on GPUs.
+
+    Raises:
+        ConfigError: the machine has fewer GPUs than ranks, or one was named, which all ranks would take.
+    """
+    wanted = choose_device(device)
+    if wanted.type == "cpu":
+        return "gloo"
+    place, there = rank_on_this_machine(), torch.cuda.device_count()
+    is_named = ":" in device
+    if is_named or place >= there:
+        found = f"runtime.device = '{device}'" if is_named else f"{there} GPUs"
+        raise ConfigError(
+            f"{ranks_on_this_machine()} ranks on this machine and {found}: each rank takes a GPU of its own; use "
+            "runtime.device=cuda, and as many ranks as GPUs"
+        )
+    torch.cuda.set_device(place)
+    return "cpu:gloo,cuda:nccl"

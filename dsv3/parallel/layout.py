@@ -64,6 +64,9 @@ class Layout:
         shape = (config.pipeline, self.data_size // config.expert, config.expert)
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=(PIPELINE, EXPERT_DATA, EXPERT))
         self.pipeline = mesh.get_group(PIPELINE)
+        self.towards_first = self._second_pipeline(config)
+        """The same ranks once more: each way between two of them has a channel of its own, so that on one that keeps
+        the order of calls (NCCL) a rank that gets ready to receive does not hold up what it sends."""
         self.hops = self._hops(mesh.get_group(EXPERT), link=link)
         self._sharers = self._find_sharers()
 
@@ -88,6 +91,15 @@ class Layout:
     def first_row(self, name: str) -> int:
         """Return which row of the whole model's parameter the first row here is: of experts, the first one here."""
         return self.expert_rank * self.experts_per_rank if is_expert(name) else 0
+
+    def _second_pipeline(self, config: ParallelConfig) -> dist.ProcessGroup:
+        mine = self.pipeline
+        for place in range(self.data_size):  # all ranks make all groups
+            ranks = [pipe * self.data_size + place for pipe in range(config.pipeline)]
+            group = dist.new_group(ranks)
+            if self.rank in ranks:
+                mine = group
+        return mine
 
     def _find_sharers(self) -> dict[tuple[tuple[int, ...], bool], Sharers]:
         ends = (f"layers.{layers.start}" for layers in self.stages.layers)

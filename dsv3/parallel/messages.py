@@ -45,8 +45,10 @@ class Messages:
     """The messages of one run of a schedule, to and from one rank."""
 
     schedule: Schedule
-    group: dist.ProcessGroup
-    """The pipeline's ranks, in order."""
+    towards_last: dist.ProcessGroup
+    """The pipeline's ranks, in order: the channel of messages to ranks of a higher number."""
+    towards_first: dist.ProcessGroup
+    """The same ranks: that of messages to lower ones."""
     link: Link
     room: Callable[[int], Tensor]
     """Makes room for the hidden states of a micro-batch."""
@@ -60,7 +62,7 @@ class Messages:
     """By the rank that they go to, in order."""
 
     def __post_init__(self) -> None:
-        schedule, me = self.schedule, self.group.rank()
+        schedule, me = self.schedule, self.towards_last.rank()
         for_me = {made for made, wanted in schedule.carried.items() if schedule.rank_of(wanted) == me}
         self._coming = {
             rank: [action for step in steps for action in step if action in for_me]
@@ -76,7 +78,8 @@ class Messages:
         to = self.schedule.rank_of(wanted)
         for part in (tensor.contiguous(), self._now()):
             if part is not None:
-                work = dist.isend(part, group=self.group, group_dst=to)
+                group = self.towards_last if to > self.towards_last.rank() else self.towards_first
+                work = dist.isend(part, group=group, group_dst=to)
                 assert work is not None
                 self._leaving[to].append(_Leaving(work=work, tensor=part, taken_in=self._step_of[wanted]))
 
@@ -112,7 +115,8 @@ class Messages:
         works = []
         for part in (buffer, sent_at):
             if part is not None:
-                work = dist.irecv(part, group=self.group, group_src=source)
+                group = self.towards_last if source < self.towards_last.rank() else self.towards_first
+                work = dist.irecv(part, group=group, group_src=source)
                 assert work is not None
                 works.append(work)
         self._ready[action] = _Coming(buffer=buffer, works=works, sent_at=sent_at)

@@ -203,7 +203,13 @@ class Ranks(Alone):
         schedule = make_schedule(self.layout.config, num_micro_batches=num_micro_batches)
         messages = None
         if schedule.num_ranks > 1:
-            messages = Messages(schedule=schedule, group=self.layout.pipeline, link=self.link, room=room)
+            messages = Messages(
+                schedule=schedule,
+                towards_last=self.layout.pipeline,
+                towards_first=self.layout.towards_first,
+                link=self.link,
+                room=room,
+            )
         Pipeline(
             schedule=schedule,
             rank=self.layout.pipeline_rank,
@@ -322,7 +328,7 @@ class Ranks(Alone):
             copies = 1 if self.layout.config.zero else self.layout.sharers(name).size
             by_copies.setdefault(copies, []).append(gradient)
         for copies, mine in by_copies.items():
-            square += torch.stack(torch._foreach_norm(mine)).double().square().sum() / copies
+            square += torch.stack(torch._foreach_norm(mine)).double().square().sum().cpu() / copies
         with self.link.waiting():
             dist.all_reduce(square)
         return square.sqrt().item()

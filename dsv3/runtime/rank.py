@@ -18,6 +18,11 @@ def ranks_on_this_machine() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", str(num_ranks())))
 
 
+def rank_on_this_machine() -> int:
+    """Return which of them this is."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def num_restarts() -> int:
     """Return how often torchrun has started the ranks anew."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

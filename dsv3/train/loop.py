@@ -23,7 +23,7 @@ from dsv3.native import choose_cpu_kernels
 from dsv3.parallel.launch import open_ranks
 from dsv3.parallel.ranks import Alone
 from dsv3.parallel.trace import write_trace
-from dsv3.runtime.device import choose_device, set_threads
+from dsv3.runtime.device import set_threads
 from dsv3.runtime.log import get_logger, say_once
 from dsv3.train.event import EventCallback, TrainEvent
 from dsv3.train.health import HangWatch, SpikeFinder, StragglerFinder
@@ -83,7 +83,13 @@ def pretrain(
         NonFiniteError: a loss or gradient was NaN or infinite; nothing after the last good step was kept.
         TrainingError: the run folder cannot be written, or another process trains in it.
     """
-    with open_ranks(config.parallel, model=config.model, sequence_length=config.batch.sequence_length) as ranks:
+    opened = open_ranks(
+        config.parallel,
+        model=config.model,
+        sequence_length=config.batch.sequence_length,
+        device=config.runtime.device,
+    )
+    with opened as ranks:
         _require_shares(config, ranks=ranks)
         notify = (on_event if ranks.rank == 0 else None) or _ignore
         with ExitStack() as held:
@@ -362,12 +368,7 @@ class _Run:
 
 
 def _require_shares(config: PretrainConfig, *, ranks: Alone) -> None:
-    """Refuse batches whose rows do not divide over the ranks: all of them must do the same steps together.
-
-    And GPUs, which ranks do not know how to divide among themselves, nor how to talk between.
-    """
-    if ranks.size > 1 and choose_device(config.runtime.device).type != "cpu":
-        raise ConfigError(f"{ranks.size} ranks train on CPUs only so far; set runtime.device=cpu, or use one rank")
+    """Refuse batches whose rows do not divide over the ranks: all of them must do the same steps together."""
     batch, shares = config.batch, ranks.data_size
     grows = batch.start_sequences != batch.final_sequences
     wrong = [

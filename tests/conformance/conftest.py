@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dsv3.batch import TokenBatch
-from dsv3.config import PrecisionConfig, PretrainConfig
+from dsv3.config import ParallelConfig, PrecisionConfig, PretrainConfig
 from dsv3.model.interfaces import ModelOutput
 from dsv3.model.transformer import Transformer
 from dsv3.ops import attention
@@ -56,6 +56,7 @@ def shrunk(published: PretrainConfig) -> PretrainConfig:
         model=replace(published.model, **WIDTHS),
         precision=PrecisionConfig(recipe="original"),
         batch=replace(published.batch, sequence_length=12, start_sequences=6, final_sequences=30, multiple_of=6),
+        parallel=ParallelConfig(),  # one process holds all
         runtime=replace(published.runtime, device="cpu", dtype="float32", threads=1),
     )
 

@@ -18,13 +18,15 @@ def main() -> None:
     sys.modules["ranks"] = package
     module = import_module(f"ranks.{Path(file).stem}")
     torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group(
-        "gloo", init_method=store, rank=int(rank), world_size=int(size), timeout=timedelta(seconds=60)
-    )
+    if int(size) > 1:
+        store = f"file://{folder}/store"
+        dist.init_process_group(
+            "gloo", init_method=store, rank=int(rank), world_size=int(size), timeout=timedelta(seconds=60)
+        )
     arguments = pickle.loads((Path(folder) / "arguments.pickle").read_bytes())
     torch.save(getattr(module, name)(**arguments), Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    if int(size) > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ from dsv3.config import ParallelConfig, SnapshotConfig
 from dsv3.config.files import write_config
 from dsv3.errors import ConfigError
 from dsv3.infer.loaded import load
-from dsv3.parallel.ranks import Alone
-from dsv3.train import loop as loop_file
+from dsv3.parallel import launch as launch_file
 from dsv3.train.loop import pretrain
 
 TRAIN = """
@@ -184,9 +183,19 @@ def test_what_does_not_divide_is_refused_before_anything_is_made(run_config, tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_ranks_on_gpus_are_refused_as_long_as_they_cannot_talk(run_config, monkeypatch):
-    monkeypatch.setattr(loop_file, "choose_device", lambda _: torch.device("cuda"))
-    two = Alone()
-    two.size = two.data_size = 2
-    with pytest.raises(ConfigError, match="2 ranks train on CPUs only so far"):
-        loop_file._require_shares(run_config, ranks=two)
+def test_every_rank_takes_the_gpu_of_its_number_and_talks_over_both(monkeypatch):
+    taken = []
+    monkeypatch.setattr(launch_file, "choose_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert launch_file._backend("cpu") == "gloo"
+    for place in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", place)
+        assert launch_file._backend("cuda") == "cpu:gloo,cuda:nccl"
+    assert taken == [0, 1]
+    with pytest.raises(ConfigError, match=r"3 ranks on this machine and runtime.device = 'cuda:0'"):
+        launch_file._backend("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match="3 ranks on this machine and 2 GPUs"):
+        launch_file._backend("cuda")
