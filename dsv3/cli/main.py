@@ -20,6 +20,7 @@ VERBS = (
     "schedule",
     "prepare",
     "pretrain",
+    "extend",
     "generate",
     "chat",
     "evaluate",

@@ -107,6 +107,8 @@ class PretrainConfig:
     health: HealthConfig = field(default_factory=HealthConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    start_from: str = ""
+    """Folder of a run whose newest weights this one begins with, router biases included; empty draws them at random."""
     total_tokens: int = 14_800_000_000_000
     """Training ends with the step that reaches this many tokens."""
 

@@ -80,7 +80,7 @@ def prepare_corpus(config: PretrainConfig, *, folder: Path, progress: ProgressCa
     settings = corpus_settings(config)
     if (folder / MARKER).is_file():
         corpus = load_prepared(folder)
-        _check_same_settings(corpus, settings=settings)
+        _check_same_settings(corpus, settings=settings, is_shared=bool(config.start_from))
         shutil.rmtree(folder / WORK, ignore_errors=True)  # Left by a kill in the last moment.
         return corpus
     with _errors_of_the_disk(folder):
@@ -110,10 +110,14 @@ def corpus_settings(config: PretrainConfig) -> dict[str, Any]:
     return json.loads(json.dumps(settings))
 
 
-def _check_same_settings(corpus: PreparedCorpus, *, settings: dict[str, Any]) -> None:
-    if corpus.settings == settings:
+def _check_same_settings(corpus: PreparedCorpus, *, settings: dict[str, Any], is_shared: bool) -> None:
+    found = dict(corpus.settings)
+    if is_shared:  # with a longer run, which has read as much of a stream as that one needed
+        found.pop("total_tokens", None)
+        settings.pop("total_tokens", None)
+    if found == settings:
         return
-    differences = "; ".join(_differences(corpus.settings, settings, prefix=""))
+    differences = "; ".join(_differences(found, settings, prefix=""))
     raise ConfigError(
         f"the corpus at {corpus.folder} was made with other settings ({differences}); use those, or another run "
         "folder, or remove the corpus folder to prepare it anew"

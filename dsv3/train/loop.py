@@ -28,7 +28,7 @@ from dsv3.runtime.log import get_logger, say_once
 from dsv3.train.event import EventCallback, TrainEvent
 from dsv3.train.health import HangWatch, SpikeFinder, StragglerFinder
 from dsv3.train.metrics import MetricsLog, UnwrittenLog
-from dsv3.train.resume import new_state, restore_state, whole_model, write_state
+from dsv3.train.resume import new_state, restore_state, take_weights, whole_model, write_state
 from dsv3.train.run_folder import open_run_folder
 from dsv3.train.schedule import batch_sequences, mtp_loss_weight, total_steps
 from dsv3.train.step import StepMetrics, TrainState, train_step
@@ -181,6 +181,9 @@ class _Run:
         state = new_state(config, ranks=ranks)
         if newest is not None:
             restore_state(state, path=newest, corpus=corpus)
+        elif config.start_from:
+            take_weights(state, folder=Path(config.start_from))
+            get_logger(__name__).info("beginning with the weights of %s", config.start_from)
         length = config.batch.sequence_length
         loader = RowLoader(corpus, config=config, sequence_length=length, seed=config.runtime.seed)
         state.describe_rows = lambda rows: describe_rows(rows, loader=loader)

@@ -201,6 +201,13 @@ class AdamW:
             found.append({name: moment.view(self.master[name].shape) for name, moment in flat.items()})
         return found[0], found[1]
 
+    @torch.no_grad()
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take weights, in FP32, all rows of each; moments stay as they are."""
+        for name, weight in self.master.items():
+            self.parameters[name].copy_(weights[name])
+            weight.copy_(weights[name][self._own[name]])
+
     @property
     def _kind(self) -> torch.dtype:
         return torch.bfloat16 if self.config.bf16_moments else torch.float32
@@ -216,9 +223,7 @@ class AdamW:
     ) -> None:
         """Continue from a snapshot: all weights in FP32, the moments of the own rows, and the number of steps taken."""
         self.steps = steps
-        for name, weight in self.master.items():
-            self.parameters[name].copy_(weights[name])
-            weight.copy_(weights[name][self._own[name]])
+        self.load_weights(weights)
         for stretch in self._stretches:
             for name, start, end, here in stretch.places():
                 stretch.first_moment[here] = first_moment[name].reshape(-1)[start:end].to(stretch.first_moment)

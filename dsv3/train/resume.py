@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsv3.checkpoint.snapshot import OpenSnapshot, Saving, piece_name, verify_snapshot
+from dsv3.checkpoint.snapshot import OpenSnapshot, Saving, latest_snapshot, piece_name, verify_snapshot
 from dsv3.config import PretrainConfig
 from dsv3.data.prepared import PreparedCorpus
 from dsv3.errors import SnapshotError
@@ -89,6 +89,32 @@ def _own_pieces(state: TrainState, tensors: Mapping[str, Tensor]) -> dict[str, T
         is_whole = len(tensor) == state.ranks.num_rows(name, here=len(state.optimizer.parameters[name]))
         pieces[name if is_whole else piece_name(name, first=first, end=first + len(tensor))] = tensor
     return pieces
+
+
+@torch.no_grad()
+def take_weights(state: TrainState, *, folder: Path) -> None:
+    """Give a new state the weights of another run's newest snapshot, and nothing else of it.
+
+    Raises:
+        SnapshotError: there is none, or it is of another model.
+    """
+    newest = state.ranks.gather(latest_snapshot(folder / "snapshots") if state.ranks.rank == 0 else None)[0]
+    if newest is None:
+        raise SnapshotError(f"{folder} has no snapshot whose weights could be taken (start_from)")
+    snapshot, parameters = OpenSnapshot(newest), state.optimizer.parameters
+    wanted = [*parameters, *_buffers(state.model)]
+    _require_names(snapshot, group="model", wanted=wanted, exactly=state.ranks.size == 1)
+    found = {
+        name: snapshot.read("model", name, first=state.ranks.first_row(name), count=len(parameter))
+        for name, parameter in parameters.items()
+    }
+    for name, tensor in found.items():
+        if tensor.shape != parameters[name].shape:
+            shapes = f"{list(tensor.shape)} and not {list(parameters[name].shape)}"
+            raise SnapshotError(f"{newest} is of another model: {name} has shape {shapes}")
+    state.optimizer.load_weights(found)
+    for name, buffer in _buffers(state.model).items():
+        buffer.copy_(snapshot.read("model", name))
 
 
 @torch.no_grad()

@@ -1,0 +1,70 @@
+"""dsv3 extend: lengthen the context of a finished run, phase by phase."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dsv3.cli.pretrain import INTERRUPTED, closing_words, train
+from dsv3.cli.run_settings import RunSettings, SetOption
+from dsv3.config.files import read_config
+from dsv3.config.override import apply_overrides
+from dsv3.errors import ConfigError
+from dsv3.recipes.extension import STEPS, extension
+from dsv3.runtime.rank import is_main_rank
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb to the command line."""
+    app.command("extend")(extend)
+
+
+def extend(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that has finished.")],
+    lengths: Annotated[
+        str, typer.Option(metavar="N,N", help="Tokens of a row in each phase; 8 and 32 times the run's when left out.")
+    ] = "",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each phase.")] = STEPS,
+    learning_rate: Annotated[
+        float, typer.Option(min=0.0, help="Of all steps; the last one of the run when left out.")
+    ] = 0.0,
+    assignments: SetOption = None,
+) -> None:
+    """Train on over longer rows with YaRN, as the report does: 4K to 32K, then to 128K.
+
+    Each phase is a run of its own in RUN/extended-LENGTH, with the run's corpus, and starts from the weights of the one
+    before it. Called again, it goes on where it was stopped; phases that are finished are passed over.
+    """
+    if not (run / "config.json").is_file():
+        raise ConfigError(f"{run} is no run folder: it has no config.json; train one with dsv3 pretrain")
+    config = read_config(run / "config.json")
+    if not (run / "export" / "config.json").is_file():
+        raise ConfigError(f"the run in {run} has not finished; go on with: dsv3 pretrain --run {run}")
+    try:
+        wanted = tuple(int(length) for length in lengths.split(",") if length)
+    except ValueError:
+        raise ConfigError(f"--lengths {lengths}; give whole numbers, as in --lengths 2048,8192") from None
+    before = run
+    for phase in extension(config, lengths=wanted, steps=steps, learning_rate=learning_rate):
+        folder = run / f"extended-{phase.batch.sequence_length}"
+        phase = apply_overrides(replace(phase, start_from=str(before.absolute())), assignments=assignments or [])
+        if is_main_rank():
+            _share_corpus(folder)
+        result = train(RunSettings(config=phase, folder=folder))
+        if not is_main_rank():
+            before = folder
+            continue
+        if result.interrupted:
+            typer.echo(f"stopped and saved after step {result.step:,} of {folder}; the same command goes on", err=True)
+            raise typer.Exit(INTERRUPTED)
+        typer.echo(closing_words(result))
+        before = folder
+
+
+def _share_corpus(folder: Path) -> None:
+    """Let a phase read the corpus of the run it lies in, which is prepared for any length of rows."""
+    folder.mkdir(exist_ok=True)
+    link = folder / "corpus"
+    if not link.exists():
+        link.symlink_to(Path("..") / "corpus", target_is_directory=True)
