@@ -13,15 +13,19 @@ from dsv3.errors import ConfigError
 if TYPE_CHECKING:
     from dsv3.evals.needle import NeedleResult
 
-app = typer.Typer(help=__doc__, no_args_is_help=True)
 
-
-def register(main: typer.Typer) -> None:
+def register(app: typer.Typer) -> None:
     """Add the verb to the command line."""
-    main.add_typer(app, name="eval", help="Ask a model for something and look at its answer: eval needle.")
+    group = typer.Typer(help="Ask a model for something and look at its answer.", rich_markup_mode=None)
+    group.callback()(ask)  # Without it, typer would make the group's only command the group itself.
+    group.command("needle")(needle)
+    app.add_typer(group, name="eval")
 
 
-@app.command("needle")
+def ask() -> None:
+    """Ask a model for something and look at its answer."""
+
+
 def needle(
     model: Annotated[
         Path,

@@ -24,10 +24,10 @@ VERBS = (
     "generate",
     "chat",
     "evaluate",
-    "eval",
     "convert",
     "report",
     "serve",
+    "eval",
     "bench",
 )
 """One file each in this folder, with a function `register(app)`; the help lists them in this order."""
