@@ -30,7 +30,7 @@ from claims.record import Claim, arguments, report
 from dsv3.runtime.device import available_cores
 
 HERE = Path(__file__).parent
-ROUNDS, QUICK_ROUNDS = 5, 1
+ROUNDS, QUICK_ROUNDS = 3, 1
 WAITS = 3 * 5 * 8
 """Messages that a rank waits for one after the other in a step: in each of three layers with experts counts, copies and
 outputs forward, and the gradients of both backward, for eight micro-batches."""
