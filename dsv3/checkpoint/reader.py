@@ -61,11 +61,6 @@ class PublishedReader:
         self._check(wanted)
         self.layout = tuple(tensor for tensor in wanted if tensor.name in self._handles)
 
-    @property
-    def files(self) -> list[Path]:
-        """The files of weights, in the order in which they are numbered."""
-        return [self.folder / name for name in _file_names(_read_index(self.folder))]
-
     def read(self, tensor: PublishedTensor) -> Tensor:
         """Return the tensor as it is stored, on the CPU; one stored in FP8 in FP32, times its block multipliers."""
         return dequantise(self.read_fp8(tensor)) if self.is_fp8(tensor) else self.stored(tensor.name)
@@ -176,7 +171,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _open_files(folder: Path) -> dict[str, Any]:
     """Open all weight files and return, for each tensor name, the open file that holds it."""
     placed = _read_index(folder)
-    names = _file_names(placed)
+    names = sorted(set(placed.values())) or [SINGLE_FILE]
     if absent := [name for name in names if not (folder / name).is_file()]:
         raise CheckpointError(
             f"{folder} lacks {len(absent)} of {len(names)} weight files: {', '.join(absent[:NUM_NAMED])}"
@@ -194,10 +189,6 @@ def _open_files(folder: Path) -> dict[str, Any]:
             f"{' and more' if len(lost) > NUM_NAMED else ''}; the index and the weights are of different checkpoints"
         )
     return handles
-
-
-def _file_names(placed: dict[str, str]) -> list[str]:
-    return sorted(set(placed.values())) or [SINGLE_FILE]
 
 
 def _read_index(folder: Path) -> dict[str, str]:

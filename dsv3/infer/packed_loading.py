@@ -9,7 +9,6 @@ from dsv3.checkpoint.names import PublishedTensor
 from dsv3.checkpoint.reader import PublishedReader, open_published
 from dsv3.fp8.quantise import Quantised
 from dsv3.infer.packed_model import PackedModel, pack_model
-from dsv3.runtime.read_ahead import ReadAhead
 
 
 def load_packed(folder: Path, *, weights: str) -> PackedModel:
@@ -23,16 +22,12 @@ def load_packed(folder: Path, *, weights: str) -> PackedModel:
     """
     reader = open_published(folder)
 
+    def read(tensor: PublishedTensor) -> Tensor | Quantised:
+        # FP8 blocks stay as they are: packing wants them so, or dequantises them itself.
+        return reader.read_fp8(tensor) if reader.is_fp8(tensor) else reader.read(tensor)
+
     name = stored_format(reader) if weights == "auto" else weights
-    with ReadAhead(reader.files) as ahead:
-
-        def read(tensor: PublishedTensor) -> Tensor | Quantised:
-            # FP8 blocks stay as they are: packing wants them so, or dequantises them itself.
-            found = reader.read_fp8(tensor) if reader.is_fp8(tensor) else reader.read(tensor)
-            ahead.used(found.num_bytes if isinstance(found, Quantised) else found.nbytes)
-            return found
-
-        return pack_model(reader.config, layout=reader.layout, read=read, name=name)
+    return pack_model(reader.config, layout=reader.layout, read=read, name=name)
 
 
 def stored_format(reader: PublishedReader) -> str:
