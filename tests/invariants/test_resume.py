@@ -140,7 +140,9 @@ def require_same(one: Path, other: Path) -> None:
         assert ours[name] == theirs[name], f"{name} differs"
 
 
-@pytest.mark.parametrize(("method", "dtype"), [("bias", "float32"), ("batch_loss", "bfloat16")])
+@pytest.mark.parametrize(
+    ("method", "dtype"), [("bias", "float32"), pytest.param("batch_loss", "bfloat16", marks=pytest.mark.slow)]
+)
 def test_a_run_stopped_after_every_few_steps_equals_one_left_alone(
     config: PretrainConfig, tmp_path: Path, method: str, dtype: str
 ):

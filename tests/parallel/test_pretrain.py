@@ -86,7 +86,7 @@ def in_fours(config, *, data):
 @pytest.mark.parametrize(
     ("size", "parallel"),
     [
-        (2, {"expert": 2}),
+        pytest.param(2, {"expert": 2}, marks=pytest.mark.slow),
         pytest.param(2, {"zero": True}, marks=pytest.mark.slow),
         pytest.param(4, {"expert": 2}, marks=pytest.mark.slow),
         (4, {"pipeline": 2, "expert": 2, "zero": True, "schedule": "zb1p"}),
