@@ -28,7 +28,7 @@ STEPS, ROWS, LENGTH = 20, 8, 16
 SLOW = pytest.mark.slow
 LAYOUTS = {
     "data 2": (2, {}, SLOW),
-    "experts 2": (2, {"expert": 2}, ()),
+    "experts 2": (2, {"expert": 2}, SLOW),
     "data 4": (4, {}, SLOW),
     "data 2, experts 2": (4, {"expert": 2}, SLOW),
     "experts 4": (4, {"expert": 4}, SLOW),
@@ -187,7 +187,7 @@ def test_in_fp64_they_are_those_of_one_rank_to_the_ninth_digit(on_ranks, on_one_
     [
         pytest.param({"balance": "batch_loss"}, {"expert": 2}, marks=SLOW),
         pytest.param({"balance": "batch_loss"}, {"pipeline": 2, "expert": 2}, marks=SLOW),
-        ({"balance": "batch_loss", "mtp": 0.0}, {"pipeline": 2, "schedule": "1f1b"}),
+        pytest.param({"balance": "batch_loss", "mtp": 0.0}, {"pipeline": 2, "schedule": "1f1b"}, marks=SLOW),
         pytest.param({"balance": "sequence_loss"}, {"expert": 2}, marks=SLOW),
         pytest.param({"balance": "v2_losses"}, {"pipeline": 2, "expert": 2}, marks=SLOW),
         pytest.param({"mtp": 0.0}, {"pipeline": 2, "expert": 2, "schedule": "1f1b"}, marks=SLOW),
