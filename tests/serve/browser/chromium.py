@@ -136,7 +136,7 @@ class Page:
             raise RuntimeError(f"{expression}: {found['exceptionDetails']}")
         return found["result"].get("value")
 
-    def wait_for(self, expression: str, *, seconds: float = 8) -> None:
+    def wait_for(self, expression: str, *, seconds: float = 30) -> None:
         """Return once an expression is true."""
         deadline = time.monotonic() + seconds
         while not self.evaluate(f"Boolean({expression})"):
