@@ -57,7 +57,6 @@ def main() -> None:
             )
             for name in ("data parallel", "experts over two")
         ]
-    if available_cores() >= 2:
         woven, details["overlap"] = overlap_claims(rounds, trace=options.trace)
         claims += woven
     report(claims, title="Many ranks", json_file=options.json, details=details)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dsv3.cli.group import add_group
 from dsv3.errors import ConfigError
 from dsv3.runtime.log import get_logger
 
@@ -34,14 +35,7 @@ class Endpoint(StrEnum):
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the command line."""
-    group = typer.Typer(help="Measure what is running.", rich_markup_mode=None)
-    group.callback()(bench)  # Without it, typer would make the group's only command the group itself.
-    group.command("serve")(serve)
-    app.add_typer(group, name="bench")
-
-
-def bench() -> None:
-    """Measure what is running."""
+    add_group(app, name="bench", told="Measure what is running.").command("serve")(serve)
 
 
 def serve(

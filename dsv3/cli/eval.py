@@ -8,6 +8,7 @@ import typer
 
 from dsv3.cli.columns import aligned
 from dsv3.cli.generate import Weights
+from dsv3.cli.group import add_group
 from dsv3.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,14 +17,7 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the command line."""
-    group = typer.Typer(help="Ask a model for something and look at its answer.", rich_markup_mode=None)
-    group.callback()(ask)  # Without it, typer would make the group's only command the group itself.
-    group.command("needle")(needle)
-    app.add_typer(group, name="eval")
-
-
-def ask() -> None:
-    """Ask a model for something and look at its answer."""
+    add_group(app, name="eval", told="Ask a model for something and look at its answer.").command("needle")(needle)
 
 
 def needle(

@@ -20,6 +20,8 @@ from dsv3.infer.sampler import SamplingParams
 
 GRID = 15
 """Lengths, and depths, as in the report."""
+LEAST_TOKENS = 100
+"""Of a prompt in which anything can be hidden at all."""
 AT_ONCE = 4
 """Prompts that are read at the same time."""
 
@@ -141,9 +143,6 @@ def grid_of(longest: int, *, size: int = GRID) -> tuple[tuple[int, ...], tuple[f
     return lengths, tuple(step / (size - 1) if size > 1 else 0.5 for step in range(size))
 
 
-LEAST_TOKENS = 100
-
-
 def find_needles(
     model: LoadedModel,
     *,
@@ -203,6 +202,11 @@ def _ask(tokenizer: Tokenizer, *, haystack: Sequence[int], kind: str, length: in
     question = tokenizer.encode(f"\n{needle.question}")
     answer_tokens = len(tokenizer.encode(f" {needle.answer}.")) + 2
     room = length - 1 - sum(map(len, facts)) - len(question) - answer_tokens
+    if room < 0:
+        raise ConfigError(
+            f"needles of kind {kind} need {length - room} tokens of this tokenizer, and a prompt has {length}; "
+            "use fewer lengths, or another kind"
+        )
     begin = random.randrange(len(haystack))
     text = [haystack[(begin + place) % len(haystack)] for place in range(room)]
     places = [depth, *(random.random() for _ in facts[1:])]

@@ -14,13 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dsv3.batch import TokenBatch
-from dsv3.config import KEEP_ALL, ModelConfig, RecomputeConfig
+from dsv3.config import ModelConfig
 from dsv3.model.block import MoeBlock, parts_of, run_through
-from dsv3.model.interfaces import Cut, LatentCache, Part, Routing, TokenDispatch, keep_whole
+from dsv3.model.interfaces import Cut, Part, Routing, keep_whole
 from dsv3.model.linear import Linear, RMSNorm
-from dsv3.model.precision import ORIGINAL, Precision
-from dsv3.ops.rope import Rotation
 
 
 class MtpModule(nn.Module):
@@ -40,36 +37,19 @@ class MtpModule(nn.Module):
         hidden: Float[Tensor, "token hidden"],
         *,
         embedded: Float[Tensor, "token hidden"],
-        batch: TokenBatch,
-        rotation: Rotation,
-        cache: LatentCache | None,
-        dispatch: TokenDispatch,
-        recompute: RecomputeConfig = KEEP_ALL,
-        precision: Precision = ORIGINAL,
         cut: Cut = keep_whole,
+        **given: Any,
     ) -> Generator[Part, None, tuple[Float[Tensor, "token hidden"], Routing]]:
         """Run the module as `MoeBlock.steps` runs a layer; return the block's output, before `norm`, and its routing.
 
         `hidden` is the state before this module, `embedded` the embedding of the token one further on; row by row
-        they belong together (`TokenBatch.ahead`). Positions are those of `hidden`.
+        they belong together (`TokenBatch.ahead`). What else a layer is given, positions above all, is that of `hidden`.
         """
         halves = (self.enorm(embedded), self.hnorm(hidden))
         if self.config.mtp_concat_order == "hidden_first":
             halves = (halves[1], halves[0])
         joined = self.eh_proj(torch.cat(halves, dim=-1))
-        return (
-            yield from parts_of(
-                self.block,
-                joined,
-                batch=batch,
-                rotation=rotation,
-                cache=cache,
-                dispatch=dispatch,
-                recompute=recompute,
-                precision=precision,
-                cut=cut,
-            )
-        )
+        return (yield from parts_of(self.block, joined, cut=cut, **given))
 
     def forward(
         self, hidden: Float[Tensor, "token hidden"], **given: Any

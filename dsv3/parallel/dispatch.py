@@ -26,7 +26,6 @@ from dsv3.parallel.exchange import (
     Splits,
     arrive,
     begin_counts,
-    begin_numbers,
     depart,
 )
 from dsv3.parallel.wire import AS_COMPUTED, Wire
@@ -137,7 +136,7 @@ class Hop:
         return Travelling(
             rows=depart(rows, splits=splits, channel=self.channel, out=self.out, back=self.back),
             gates=depart(given.gates, splits=splits, channel=self.channel),
-            places=begin_numbers(given.places, splits=splits, channel=self.channel),
+            places=self.channel.begin(given.places, splits=splits),
             sent=Sent(splits=splits, origin=origin, num_rows=len(given.rows)),
         )
 

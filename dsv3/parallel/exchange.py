@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from dsv3.parallel.link import Link, Message
@@ -168,8 +168,3 @@ class _Arrive(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         ctx.flight.depart_back(gradients[0])
         return gradients[0].new_zeros(()), None
-
-
-def begin_numbers(numbers: Int[Tensor, "sent column"], *, splits: Splits, channel: Channel) -> Pending:
-    """Begin to exchange whole numbers."""
-    return channel.begin(numbers, splits=splits)

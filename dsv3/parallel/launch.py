@@ -43,6 +43,11 @@ def open_ranks(
             )
         if config.zero:
             raise ConfigError("parallel.zero shares the optimizer's state among ranks, and there is one; use torchrun")
+        if config.schedule == "dualpipe_v":
+            raise ConfigError(
+                "parallel.schedule = 'dualpipe_v' weaves what ranks wait for, and there is one; use torchrun, or leave "
+                "the schedule out"
+            )
         yield Alone()
         return
     if not is_main_rank():

@@ -40,6 +40,10 @@ class Sharers:
     num_pipeline_ranks: int
     """In how many places of the pipeline they are."""
 
+    def rows(self, count: int, *, place: int) -> slice:
+        """Return the rows, of so many, that fall to one of them."""
+        return slice(count * place // self.size, count * (place + 1) // self.size)
+
 
 class Layout:
     """This rank's place. Every rank makes one, in the same moment."""

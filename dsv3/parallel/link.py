@@ -22,13 +22,12 @@ class Message:
 
 @dataclass(kw_only=True)
 class Link:
-    """The network as one rank sees it. Given a latency or a speed, nothing is there before that time has passed too.
+    """The network as one rank sees it. Given a latency, nothing is there before that time has passed too.
 
     Time that messages take is counted from when this rank begins, and they do not slow each other down.
     """
 
     latency_seconds: float = 0.0
-    bytes_per_second: float = float("inf")
     waited_seconds: float = 0.0
     """Time this rank has spent waiting, all in all."""
     trace: Trace = field(default_factory=Trace)
@@ -36,16 +35,12 @@ class Link:
     @property
     def is_slowed(self) -> bool:
         """Whether messages take longer than the network needs."""
-        return self.seconds(1) > 0
-
-    def seconds(self, num_bytes: int) -> float:
-        """Return how long a message of so many bytes takes at least."""
-        return self.latency_seconds + num_bytes / self.bytes_per_second
+        return self.latency_seconds > 0
 
     def begin(self, num_bytes: int) -> Message:
         """Take note of a message of so many bytes that begins now."""
         now = time.perf_counter()
-        return Message(num_bytes=num_bytes, began=now, due=now + self.seconds(num_bytes))
+        return Message(num_bytes=num_bytes, began=now, due=now + self.latency_seconds)
 
     def end(self, work: dist.Work, *, message: Message) -> None:
         """Wait until it is there."""

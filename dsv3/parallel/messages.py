@@ -78,8 +78,7 @@ class Messages:
         to = self.schedule.rank_of(wanted)
         for part in (tensor.contiguous(), self._now()):
             if part is not None:
-                group = self.towards_last if to > self.towards_last.rank() else self.towards_first
-                work = dist.isend(part, group=group, group_dst=to)
+                work = dist.isend(part, group=self._channel(self.towards_last.rank(), to), group_dst=to)
                 assert work is not None
                 self._leaving[to].append(_Leaving(work=work, tensor=part, taken_in=self._step_of[wanted]))
 
@@ -94,7 +93,7 @@ class Messages:
             for work in coming.works:
                 work.wait()
             if coming.sent_at is not None:
-                late = coming.sent_at.item() + self.link.seconds(coming.buffer.nbytes) - time.perf_counter()
+                late = coming.sent_at.item() + self.link.latency_seconds - time.perf_counter()
                 time.sleep(max(0.0, late))
         # That rank has done this step, so it has taken what it needed for it: no wait, and the memory is free.
         leaving = self._leaving[source]
@@ -115,12 +114,14 @@ class Messages:
         works = []
         for part in (buffer, sent_at):
             if part is not None:
-                group = self.towards_last if source < self.towards_last.rank() else self.towards_first
-                work = dist.irecv(part, group=group, group_src=source)
+                work = dist.irecv(part, group=self._channel(source, self.towards_last.rank()), group_src=source)
                 assert work is not None
                 works.append(work)
         self._ready[action] = _Coming(buffer=buffer, works=works, sent_at=sent_at)
         self._num_ready[source] += 1
+
+    def _channel(self, source: int, to: int) -> dist.ProcessGroup:
+        return self.towards_last if source < to else self.towards_first
 
     def _now(self) -> Tensor | None:
         """Return the time, to be sent along where the network is made slower than it is; the clock is the machine's."""

@@ -11,8 +11,9 @@ ZBV, DualPipe) wait in a queue; nothing is computed for them before.
 """
 
 from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from typing import Protocol, runtime_checkable
 
@@ -45,8 +46,8 @@ class ChunkWork(Protocol):
         """Run layers on a micro-batch: `Transformer.steps`."""
         ...
 
-    def loss(self, micro_batch: int, *, layers: range, output: ModelOutput) -> Float[Tensor, ""] | None:
-        """Return what these layers add to the loss, as it is to be differentiated; None if nothing."""
+    def loss(self, micro_batch: int, *, layers: range, output: ModelOutput) -> Float[Tensor, ""]:
+        """Return what these layers add to the loss, as it is to be differentiated."""
         ...
 
     def gradients_made(self) -> None:
@@ -63,7 +64,7 @@ class _Chunk:
     """Where the gradient of what it read will be found; None for the first stage."""
     made: GradientEdge | None
     """Of what it has passed on; None for the last stage."""
-    loss: Tensor | None
+    loss: Tensor
 
 
 @dataclass(kw_only=True)
@@ -149,16 +150,17 @@ class Pipeline:
             _, after = self.schedule.needs(action)
             roots.append(chunk.made)
             slopes.append(self._take(after))
-        if chunk.loss is not None and chunk.loss.requires_grad:
+        if chunk.loss.requires_grad:  # not where layers without a balance loss are not the last
             roots.append(get_gradient_edge(chunk.loss))
             slopes.append(torch.ones_like(chunk.loss))
         puts_off = action.kind is Kind.INPUT
         waiting: Waiting = []
         pieces = chunk.tape.backward()
-        with self._putting_off(waiting, when=puts_off or self._cuts):
+        putting_off = partial(self._later.into, waiting) if puts_off or self._cuts else nullcontext
+        with putting_off():
             torch.autograd.backward(roots, slopes)
         while True:
-            with self._putting_off(waiting, when=puts_off or self._cuts):
+            with putting_off():
                 part = next(pieces, None)
             if part is None:
                 break
@@ -180,9 +182,6 @@ class Pipeline:
         make_gradients(self._waiting.pop((action.stage, action.micro_batch)))
         self.work.gradients_made()
         yield from ()
-
-    def _putting_off(self, waiting: Waiting, *, when: bool) -> AbstractContextManager[None]:
-        return self._later.into(waiting) if when else nullcontext()
 
     def _take(self, made_by: Action) -> Tensor:
         """Return what an action has made, here or elsewhere."""

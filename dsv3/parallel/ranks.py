@@ -23,6 +23,7 @@ from dsv3.parallel.layout import Layout, Sharers, is_expert
 from dsv3.parallel.link import Link
 from dsv3.parallel.messages import Messages
 from dsv3.parallel.pipeline import ChunkWork, Pipeline
+from dsv3.parallel.rows import gather_rows, reduce_rows
 from dsv3.parallel.trace import Trace
 from dsv3.plan.schedules import one_f_one_b
 from dsv3.plan.stages import fewest_micro_batches, make_schedule
@@ -110,8 +111,9 @@ class Alone:
     def share_weights(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Give the rows that were stepped here to all ranks that hold the same parameters, and take theirs."""
 
-    def whole_rows(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what is kept for own rows alone, for all rows of each parameter that is here."""
+    def whole_rows(self, tensors: Mapping[str, Tensor], *, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what is kept for own rows alone, for all rows of each parameter; `like` are the parameters here."""
+        del like
         return dict(tensors)
 
     def take_wire_bytes(self) -> int:
@@ -127,9 +129,9 @@ class Alone:
         del name
         return 0
 
-    def gather_numbers(self, value: float) -> list[float]:
-        """Return the number that every rank has given."""
-        return [value]
+    def gather_numbers(self, values: Sequence[float]) -> list[list[float]]:
+        """Return the numbers that every rank has given, as many from each."""
+        return [list(values)]
 
     def num_rows(self, name: str, *, here: int) -> int:
         """Return how many rows the whole model's parameter has, of which so many are here."""
@@ -163,7 +165,6 @@ class Ranks(Alone):
         """Ways that tokens take to their experts, one after the other; none where all experts are here."""
         self._dispatch: TokenDispatch = AllToAllDispatch(hops=self.hops) if self.hops else LocalDispatch()
         self._wire_bytes = 0
-        self._num_rows: dict[str, int] = {}
 
     @property
     def dispatch(self) -> TokenDispatch:
@@ -190,12 +191,8 @@ class Ranks(Alone):
         """Return for each parameter that is here the rows whose optimizer state belongs here."""
         if not self.layout.config.zero:
             return super().own_rows(parameters)
-        self._num_rows = {name: len(parameter) for name, parameter in parameters.items()}
-        return {
-            name: _share(len(parameter), place=sharers.place, size=sharers.size)
-            for name, parameter in parameters.items()
-            for sharers in [self.layout.sharers(name)]
-        }
+        of_names = {name: self.layout.sharers(name) for name in parameters}
+        return {name: sharers.rows(len(parameters[name]), place=sharers.place) for name, sharers in of_names.items()}
 
     def run(self, work: ChunkWork, *, num_layers: int, num_micro_batches: int, room: Room) -> None:
         """Go forward and backward with all micro-batches, in the order of the schedule."""
@@ -308,7 +305,7 @@ class Ranks(Alone):
         """
         for sharers, named in self._by_sharers(gradients):
             if self.layout.config.zero:
-                self._reduce_own_rows(named, sharers=sharers)
+                reduce_rows(list(named.values()), sharers=sharers, link=self.link)
                 continue
             flat = torch.cat([gradient.reshape(-1) for gradient in named.values()])
             with self.link.waiting():
@@ -339,16 +336,16 @@ class Ranks(Alone):
         if self.layout.config.zero:
             own = self.own_rows(parameters)
             rows = {name: parameter.data[own[name]] for name, parameter in parameters.items()}
-            whole = self._gather_rows(rows, like=parameters)
-            for name, parameter in parameters.items():
-                parameter.data.copy_(whole[name])
+            for name, whole in self.whole_rows(rows, like=parameters).items():
+                parameters[name].data.copy_(whole)
 
-    def whole_rows(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what is kept for own rows alone, for all rows of each parameter that is here."""
-        if not self.layout.config.zero:
-            return dict(tensors)
-        like = {name: tensor.new_empty(self._num_rows[name], *tensor.shape[1:]) for name, tensor in tensors.items()}
-        return self._gather_rows(tensors, like=like)
+    def whole_rows(self, tensors: Mapping[str, Tensor], *, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what is kept for own rows alone, for all rows of each parameter; `like` are the parameters here."""
+        whole = dict(tensors)
+        if self.layout.config.zero:
+            for sharers, named in self._by_sharers(tensors):
+                whole |= gather_rows(named, like=like, sharers=sharers, link=self.link)
+        return whole
 
     def take_wire_bytes(self) -> int:
         """Return what dispatch and combine have sent from here, forward, since this was asked last."""
@@ -363,9 +360,10 @@ class Ranks(Alone):
             dist.all_gather_object(found, value)
         return found
 
-    def gather_numbers(self, value: float) -> list[float]:
-        """Return the number that every rank has given."""
-        return self.total([value if rank == self.rank else 0.0 for rank in range(self.size)])
+    def gather_numbers(self, values: Sequence[float]) -> list[list[float]]:
+        """Return the numbers that every rank has given, as many from each."""
+        flat = self.total([value if rank == self.rank else 0.0 for rank in range(self.size) for value in values])
+        return [flat[first : first + len(values)] for first in range(0, len(flat), len(values))]
 
     def first_row(self, name: str) -> int:
         """Return which row of the whole model's parameter the first row here is."""
@@ -387,52 +385,3 @@ class Ranks(Alone):
             if sharers.size > 1:
                 found.setdefault(id(sharers), (sharers, {}))[1][name] = tensor
         return [found[id(sharers)] for sharers in self.layout.in_order if id(sharers) in found]
-
-    def _reduce_own_rows(self, gradients: Mapping[str, Tensor], *, sharers: Sharers) -> None:
-        parts = [
-            torch.cat(
-                [
-                    gradient[_share(len(gradient), place=place, size=sharers.size)].reshape(-1)
-                    for gradient in gradients.values()
-                ]
-            )
-            for place in range(sharers.size)
-        ]
-        room = max(len(part) for part in parts)
-        padded = torch.cat([nn.functional.pad(part, (0, room - len(part))) for part in parts])
-        total = padded.new_empty(room)
-        with self.link.waiting():
-            dist.reduce_scatter_tensor(total, padded, group=sharers.group)
-        own = [
-            gradient[_share(len(gradient), place=sharers.place, size=sharers.size)] for gradient in gradients.values()
-        ]
-        for rows, sums in zip(
-            own, total[: len(parts[sharers.place])].split([rows.numel() for rows in own]), strict=True
-        ):
-            rows.copy_(sums.view_as(rows))
-
-    def _gather_rows(self, rows: Mapping[str, Tensor], *, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors as large as those of `like`, made of the rows that each rank has."""
-        whole = {name: tensor for name, tensor in rows.items() if self.layout.sharers(name).size == 1}
-        for sharers, named in self._by_sharers(rows):
-            counts = [
-                sum(like[name][_share(len(like[name]), place=place, size=sharers.size)].numel() for name in named)
-                for place in range(sharers.size)
-            ]
-            mine = torch.cat([tensor.reshape(-1) for tensor in named.values()])
-            sent = nn.functional.pad(mine, (0, max(counts) - len(mine)))
-            received = sent.new_empty(sharers.size * max(counts))
-            with self.link.waiting():
-                dist.all_gather_into_tensor(received, sent, group=sharers.group)
-            for name in named:
-                whole[name] = torch.empty_like(like[name], dtype=sent.dtype)
-            for place, (part, count) in enumerate(zip(received.split(max(counts)), counts, strict=True)):
-                targets = [whole[name][_share(len(whole[name]), place=place, size=sharers.size)] for name in named]
-                for target, values in zip(targets, part[:count].split([t.numel() for t in targets]), strict=True):
-                    target.copy_(values.view_as(target))
-        return whole
-
-
-def _share(count: int, *, place: int, size: int) -> slice:
-    """Return the rows, of so many, that fall to one of `size` ranks."""
-    return slice(count * place // size, count * (place + 1) // size)

@@ -11,8 +11,6 @@ from dsv3.plan.pipeline import Kind, Schedule
 from dsv3.plan.simulate import ChunkCosts, Timeline, simulate
 from dsv3.plan.stages import (
     Stages,
-    end_cost,
-    layer_costs,
     make_schedule,
     make_stages,
     require_expert_ranks,
@@ -102,15 +100,6 @@ def plan_ranks(config: PretrainConfig, *, world: int) -> RunPlan:
         timeline=timeline,
         places=places,
     )
-
-
-def stage_shares(config: PretrainConfig, *, stages: Stages) -> list[float]:
-    """Return the share of each stage in the FLOPs of all."""
-    length = config.batch.sequence_length
-    costs = layer_costs(config.model, sequence_length=length)
-    of_stage = [float(sum(costs[layer] for layer in layers)) for layers in stages.layers]
-    of_stage[-1] += end_cost(config.model, sequence_length=length)
-    return [cost / sum(of_stage) for cost in of_stage]
 
 
 def _place(config: PretrainConfig, *, stages: Stages, schedule: Schedule, rank: int, data: int) -> RankPlan:

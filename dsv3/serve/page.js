@@ -152,9 +152,14 @@ async function* chunks(body, signal) {
 }
 
 async function loadModels() {
+  const key = apiKey;
   try {
     const response = await fetch("v1/models", { headers: headers() });
-    if (response.status === 401) return askForKey();
+    if (response.status === 401) {
+      // An answer that is under way will ask by itself; a key that was refused since then is no longer the question.
+      if (key === apiKey && !running) askForKey();
+      return;
+    }
     if (!response.ok) throw await refusal(response);
     const names = (await response.json()).data.map((model) => model.id);
     part("model").replaceChildren(...names.map((name) => element("option", { value: name, text: name })));

@@ -28,7 +28,7 @@ from dsv3.runtime.log import get_logger, say_once
 from dsv3.train.event import EventCallback, TrainEvent
 from dsv3.train.health import HangWatch, SpikeFinder, StragglerFinder
 from dsv3.train.metrics import MetricsLog, UnwrittenLog
-from dsv3.train.resume import new_state, restore_state, take_weights, whole_model, write_state
+from dsv3.train.resume import new_state, newest_snapshot, restore_state, take_weights, whole_model, write_state
 from dsv3.train.run_folder import open_run_folder
 from dsv3.train.schedule import batch_sequences, mtp_loss_weight, total_steps
 from dsv3.train.step import StepMetrics, TrainState, train_step
@@ -177,7 +177,7 @@ class _Run:
         cls, config: PretrainConfig, *, folder: Path, corpus: PreparedCorpus, ranks: Alone, notify: EventCallback
     ) -> Iterator["_Run"]:
         """Begin, or take up the newest snapshot."""
-        newest = ranks.gather(latest_snapshot(folder / "snapshots") if ranks.rank == 0 else None)[0]
+        newest = newest_snapshot(folder, ranks=ranks)
         state = new_state(config, ranks=ranks)
         if newest is not None:
             restore_state(state, path=newest, corpus=corpus)
@@ -252,7 +252,8 @@ class _Run:
             self._pass_over(batches, told=str(error))
             return
         seconds = time.perf_counter() - started
-        computed = ranks.gather_numbers(seconds - (ranks.link.waited_seconds - waited))
+        own = seconds - (ranks.link.waited_seconds - waited)
+        computed = [spent for (spent,) in ranks.gather_numbers([own])]
         self.steps_taken += 1
         self.tell("step", metrics=self.log.step(metrics, seconds=seconds, rank_seconds=computed))
         self._look_after(metrics, computed=computed, first_row=first_row)
@@ -318,7 +319,7 @@ class _Run:
             self.validation = validate(state.model, held_out=self.held_out, mtp=mtp, ranks=state.ranks)
             averaged = None
             if state.average is not None:
-                average = state.ranks.whole_rows(state.average.average)
+                average = state.ranks.whole_rows(state.average.average, like=state.optimizer.parameters)
                 with state.average.in_place_of(state.optimizer.parameters, average=average):
                     averaged = validate(state.model, held_out=self.held_out, mtp=False, ranks=state.ranks)
             record = self.log.validation(self.validation, step=state.step, tokens=state.tokens, average=averaged)

@@ -91,6 +91,11 @@ def _own_pieces(state: TrainState, tensors: Mapping[str, Tensor]) -> dict[str, T
     return pieces
 
 
+def newest_snapshot(folder: Path, *, ranks: Alone) -> Path | None:
+    """Return the newest whole snapshot of a run folder, which the first rank looks for; every rank must ask."""
+    return ranks.gather(latest_snapshot(folder / "snapshots") if ranks.rank == 0 else None)[0]
+
+
 @torch.no_grad()
 def take_weights(state: TrainState, *, folder: Path) -> None:
     """Give a new state the weights of another run's newest snapshot, and nothing else of it.
@@ -98,23 +103,13 @@ def take_weights(state: TrainState, *, folder: Path) -> None:
     Raises:
         SnapshotError: there is none, or it is of another model.
     """
-    newest = state.ranks.gather(latest_snapshot(folder / "snapshots") if state.ranks.rank == 0 else None)[0]
+    newest = newest_snapshot(folder, ranks=state.ranks)
     if newest is None:
         raise SnapshotError(f"{folder} has no snapshot whose weights could be taken (start_from)")
-    snapshot, parameters = OpenSnapshot(newest), state.optimizer.parameters
-    wanted = [*parameters, *_buffers(state.model)]
-    _require_names(snapshot, group="model", wanted=wanted, exactly=state.ranks.size == 1)
-    found = {
-        name: snapshot.read("model", name, first=state.ranks.first_row(name), count=len(parameter))
-        for name, parameter in parameters.items()
-    }
-    for name, tensor in found.items():
-        if tensor.shape != parameters[name].shape:
-            shapes = f"{list(tensor.shape)} and not {list(parameters[name].shape)}"
-            raise SnapshotError(f"{newest} is of another model: {name} has shape {shapes}")
-    state.optimizer.load_weights(found)
-    for name, buffer in _buffers(state.model).items():
-        buffer.copy_(snapshot.read("model", name))
+    snapshot = OpenSnapshot(newest)
+    _require_names(snapshot, group="model", wanted=_names_of_model(state), exactly=state.ranks.size == 1)
+    state.optimizer.load_weights(_weights(state, snapshot=snapshot))
+    _load_buffers(state, snapshot=snapshot)
 
 
 @torch.no_grad()
@@ -138,34 +133,56 @@ def restore_state(state: TrainState, *, path: Path, corpus: PreparedCorpus) -> N
     parameters = state.optimizer.parameters
     groups = ["first_moment", "second_moment", *(["average"] if state.average is not None else [])]
     alone = state.ranks.size == 1  # or there is more in it than this rank holds
-    _require_names(snapshot, group="model", wanted=[*parameters, *_buffers(state.model)], exactly=alone)
+    _require_names(snapshot, group="model", wanted=_names_of_model(state), exactly=alone)
     for group in groups:
         _require_names(snapshot, group=group, wanted=parameters, exactly=alone)
 
     own = state.ranks.own_rows(parameters)
 
-    def read(group: str, *, rows: Mapping[str, slice]) -> dict[str, Tensor]:
-        return {
-            name: snapshot.read(
-                group,
-                name,
-                first=state.ranks.first_row(name) + rows[name].start,
-                count=rows[name].stop - rows[name].start,
-            )
-            for name in parameters
-        }
+    def read(group: str) -> dict[str, Tensor]:
+        return _read_rows(state, snapshot=snapshot, group=group, rows=own)
 
     state.step, state.tokens = counts["step"], counts["tokens"]
     state.optimizer.load(
         steps=counts["optimizer_steps"],
-        weights=read("model", rows={name: slice(0, len(parameter)) for name, parameter in parameters.items()}),
-        first_moment=read("first_moment", rows=own),
-        second_moment=read("second_moment", rows=own),
+        weights=_weights(state, snapshot=snapshot),
+        first_moment=read("first_moment"),
+        second_moment=read("second_moment"),
     )
+    _load_buffers(state, snapshot=snapshot)
+    if state.average is not None:
+        state.average.load(read("average"), updates=counts["average_updates"])
+
+
+def _read_rows(
+    state: TrainState, *, snapshot: OpenSnapshot, group: str, rows: Mapping[str, slice]
+) -> dict[str, Tensor]:
+    """Return rows of the parameters, counted as they lie here."""
+    return {
+        name: snapshot.read(group, name, first=state.ranks.first_row(name) + some.start, count=some.stop - some.start)
+        for name, some in rows.items()
+    }
+
+
+def _weights(state: TrainState, *, snapshot: OpenSnapshot) -> dict[str, Tensor]:
+    """Return the weights that are here, all rows of each."""
+    parameters = state.optimizer.parameters
+    every = {name: slice(0, len(parameter)) for name, parameter in parameters.items()}
+    found = _read_rows(state, snapshot=snapshot, group="model", rows=every)
+    for name, tensor in found.items():
+        if tensor.shape != parameters[name].shape:
+            shapes = f"{list(tensor.shape)} and not {list(parameters[name].shape)}"
+            raise SnapshotError(f"{snapshot.path} is of another model: {name} has shape {shapes}")
+    return found
+
+
+def _load_buffers(state: TrainState, *, snapshot: OpenSnapshot) -> None:
     for name, buffer in _buffers(state.model).items():
         buffer.copy_(snapshot.read("model", name))
-    if state.average is not None:
-        state.average.load(read("average", rows=own), updates=counts["average_updates"])
+
+
+def _names_of_model(state: TrainState) -> list[str]:
+    return [*state.optimizer.parameters, *_buffers(state.model)]
 
 
 def fingerprint(corpus: PreparedCorpus) -> str:

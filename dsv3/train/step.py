@@ -137,10 +137,12 @@ def train_step(state: TrainState, *, batches: Sequence[TokenBatch]) -> StepMetri
         state.average.update(state.optimizer.master)
     [tokens] = state.ranks.total_over_data([sum(batch.num_tokens for batch in batches)])
     modules = config.model.num_nextn_predict_layers if mtp_weight > 0 else 0
+    own_loss = sum(part.next_token.item() for part in passes.parts.values())
+    by_rank = state.ranks.gather_numbers([own_loss, passes.own_norm])
     [wire_bytes, loss, balance, *mtp] = state.ranks.total(
         [
             state.ranks.take_wire_bytes(),
-            sum(part.next_token.item() for part in passes.parts.values()),
+            own_loss,
             sum(part.balance.item() for part in passes.parts.values()),
             *(sum(part.mtp[depth].item() for part in passes.parts.values() if part.mtp) for depth in range(modules)),
         ]
@@ -161,8 +163,8 @@ def train_step(state: TrainState, *, batches: Sequence[TokenBatch]) -> StepMetri
         wire_bytes=int(wire_bytes),
         bias_update_speed=speed,
         load=tuple(passes.load.cpu()),
-        rank_loss=tuple(state.ranks.gather_numbers(sum(part.next_token.item() for part in passes.parts.values()))),
-        rank_gradient_norm=tuple(state.ranks.gather_numbers(passes.own_norm)),
+        rank_loss=tuple(loss for loss, _ in by_rank),
+        rank_gradient_norm=tuple(norm for _, norm in by_rank),
     )
 
 

@@ -19,10 +19,10 @@ MADE = {}
 
 @pytest.fixture
 def model(small_run, tmp_path_factory):
-    """One step old, with 512 positions; made once."""
+    """One step old, with 1,200 positions; made once."""
     if not MADE:
         folder = tmp_path_factory.mktemp("run")
-        config = replace(small_run, model=replace(small_run.model, max_position_embeddings=512))
+        config = replace(small_run, model=replace(small_run.model, max_position_embeddings=1200))
         pretrain(config, folder=folder, stop_after_steps=1)
         MADE["model"] = load(folder, device="cpu")
     return MADE["model"]
@@ -64,9 +64,9 @@ def test_whoever_reads_finds_all_and_whoever_guesses_none(model, monkeypatch):
         return [model.tokenizer.encode(f" {one.needle.answer}. And") for one in asked]
 
     monkeypatch.setattr(needle_file, "_answers", read)
-    found = find_needles(model, haystack=haystack_of(model), longest=400, size=3)
+    found = find_needles(model, haystack=haystack_of(model), longest=1200, size=3)
     assert found.score == 1
-    assert found.by_length() == {133: 1.0, 266: 1.0, 400: 1.0}
+    assert found.by_length() == {400: 1.0, 800: 1.0, 1200: 1.0}
     assert len(found.cells) == 9
     for wrong in ("{}1.", "1{}.", "", "{0} {0}."):
         monkeypatch.setattr(
@@ -76,7 +76,7 @@ def test_whoever_reads_finds_all_and_whoever_guesses_none(model, monkeypatch):
                 model.tokenizer.encode(" " + wrong.format(one.needle.answer)) for one in asked
             ],
         )
-        assert find_needles(model, haystack=haystack_of(model), longest=400, size=2).score == 0
+        assert find_needles(model, haystack=haystack_of(model), longest=1200, size=2).score == 0
 
 
 def test_a_model_is_asked_and_the_grid_is_drawn(model, tmp_path):
@@ -113,6 +113,8 @@ def test_what_cannot_be_asked_is_refused(model):
     haystack = haystack_of(model)
     with pytest.raises(ConfigError, match=r"the shortest of 15 lengths .* as in --grid 4"):
         grid_of(400)
+    with pytest.raises(ConfigError, match=r"needles of kind keys need \d+ tokens .* a prompt has 100"):
+        find_needles(model, haystack=haystack, longest=100, kinds=("keys",), size=1)
     with pytest.raises(ConfigError, match="needles of kind gold; choose of number, phrase, keys"):
         find_needles(model, haystack=haystack, longest=100, kinds=("gold",), size=1)
     with pytest.raises(ConfigError, match="positions"):

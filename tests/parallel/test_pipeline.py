@@ -55,12 +55,12 @@ def test_the_executed_order_is_the_simulated_one(on_ranks, size, parallel):
     timeline = simulate(schedule, costs=ChunkCosts())
     ended = {}
     for rank, found in enumerate(done):
-        planned = [action for step in schedule.steps[rank] for action in step]
+        simulated = [span.step for span in timeline.spans[rank]]
+        planned = [action for step in simulated for action in step]
         assert set(found) == {str(action) for action in planned}
         # Steps follow each other as planned; what is woven lies in each other.
         bounds = [
-            (min(found[str(a)][0][0] for a in step), max(found[str(a)][-1][1] for a in step))
-            for step in schedule.steps[rank]
+            (min(found[str(a)][0][0] for a in step), max(found[str(a)][-1][1] for a in step)) for step in simulated
         ]
         assert all(one[1] <= other[0] for one, other in pairwise(bounds))
         ended |= {action: found[str(action)][-1][1] for action in planned}
@@ -69,10 +69,6 @@ def test_the_executed_order_is_the_simulated_one(on_ranks, size, parallel):
             for action in step:
                 for need in schedule.needs(action):
                     assert ended[need] < found[str(action)][-1][1], f"{action} before {need}"
-    # Whatever the simulator ends before something else begins, with all chunks alike, ended before it on the rank too.
-    for rank, planned in enumerate(timeline.spans):
-        order = [span.step for span in planned]
-        assert order == list(schedule.steps[rank])
 
 
 def test_parts_of_woven_chunks_take_turns_in_the_published_order(on_ranks):

@@ -176,6 +176,8 @@ def kill_once(config, *, tmp_path, torchrun, chance):
 def test_what_does_not_divide_is_refused_before_anything_is_made(run_config, tmp_path, torchrun):
     with pytest.raises(ConfigError, match="torchrun --nproc-per-node 2"):
         pretrain(replace(run_config, parallel=ParallelConfig(expert=2)), folder=tmp_path / "run")
+    with pytest.raises(ConfigError, match="weaves what ranks wait for"):
+        pretrain(replace(run_config, parallel=ParallelConfig(schedule="dualpipe_v")), folder=tmp_path / "run")
     process, log = torchrun(run_config, folder=tmp_path / "run", size=3)
     assert process.wait(60) != 0
     log.seek(0)

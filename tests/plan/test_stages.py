@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 
 from dsv3 import recipes
 from dsv3.config import ParallelConfig
+from dsv3.config.parallel import SCHEDULE_NAMES
 from dsv3.errors import ConfigError
 from dsv3.plan.counts import count_parameters
 from dsv3.plan.memory import training_memory
-from dsv3.plan.ranks import plan_ranks, stage_shares
+from dsv3.plan.ranks import plan_ranks
+from dsv3.plan.schedules import SCHEDULES
 from dsv3.plan.stages import Stages, _split, end_cost, layer_costs, make_stages, split_layers
 
 V3 = recipes.v3_671b()
@@ -45,8 +47,10 @@ def test_the_published_model_falls_into_sixteen_stages_that_take_equally_long():
     assert [layer for stage in layers for layer in stage] == list(range(61))
     assert len(layers[-1]) == 1  # with head and MTP module, which cost as much as four layers
     stages = make_stages(V3.parallel, model=V3.model, sequence_length=4096)
-    shares = stage_shares(V3, stages=stages)
-    assert max(shares) < 1.25 / 16
+    costs = layer_costs(V3.model, sequence_length=4096)
+    of_stage = [sum(costs[layer] for layer in part) for part in stages.layers]
+    of_stage[-1] += end_cost(V3.model, sequence_length=4096)
+    assert max(of_stage) < 1.25 / 16 * sum(of_stage)
 
 
 def test_costs_of_layers_are_those_of_the_whole_model():
@@ -57,6 +61,10 @@ def test_costs_of_layers_are_those_of_the_whole_model():
     attention = 62 * 2 * 128 * (192 + 128) * 2048
     expected = 2 * (counts.active + counts.mtp_active + counts.head) + attention
     assert total == pytest.approx(expected, rel=1e-3)  # norms and biases are counted on one side alone
+
+
+def test_settings_know_the_schedules_that_there_are():
+    assert set(SCHEDULE_NAMES) == set(SCHEDULES)
 
 
 def test_stages_may_be_given_and_must_fit():
