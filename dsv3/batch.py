@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, chain
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +17,47 @@ from torch import Tensor
 
 IGNORE = -100
 """A target that is not trained on."""
+
+
+@runtime_checkable
+class SharedRows(Protocol):
+    """Rows of which the tokens of a batch are pieces, the others being on other ranks (context parallelism)."""
+
+    row_of_token: Int[Tensor, " token"]
+    """Which row each token belongs to."""
+    not_last: Int[Tensor, " kept"]
+    """Indices of the tokens here that are not the last of their row."""
+
+    @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """Tokens of each row, on all ranks together."""
+        ...
+
+    @property
+    def key_lengths(self) -> tuple[int, ...]:
+        """Tokens that each piece here may look at: those of its row as far as it goes."""
+        ...
+
+    @property
+    def key_positions(self) -> Int[Tensor, " key"]:
+        """Their positions, piece after piece."""
+        ...
+
+    def gather(self, values: Float[Tensor, "token dim"]) -> Float[Tensor, "key dim"]:
+        """Return what all ranks have computed for those tokens."""
+        ...
+
+    def total(self, counts: Tensor) -> Tensor:
+        """Return numbers summed over the ranks that share the rows; they pass no gradient."""
+        ...
+
+    def ahead(self) -> "TokenBatch":
+        """Return `TokenBatch.ahead` of the rows, of which each rank has the places that it had."""
+        ...
+
+    def to(self, device: torch.device | str) -> "SharedRows":
+        """Move to a device what is best there."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +75,8 @@ class TokenBatch:
     """Weight of each target in the loss; absent means 1."""
     first_positions: tuple[int, ...] | None = None
     """Position of the first token of each sequence, where the caller knows it; see `firsts`."""
+    shared: SharedRows | None = None
+    """What the sequences are pieces of; None where they are whole, or go on after what is cached."""
 
     @classmethod
     def from_rows(cls, rows: Int[Tensor, "row length_plus_one"]) -> "TokenBatch":
@@ -87,6 +131,11 @@ class TokenBatch:
         return self.tokens.shape[0]
 
     @property
+    def num_rows(self) -> int:
+        """Sequences, or rows that they are pieces of."""
+        return len(self.lengths) if self.shared is None else len(self.shared.row_lengths)
+
+    @property
     def row_length(self) -> int | None:
         """Common length of all sequences, or None when they differ; equal rows take the batched path of attention."""
         lengths = set(self.lengths)
@@ -101,11 +150,14 @@ class TokenBatch:
             targets=None if self.targets is None else self.targets.to(device),
             weights=None if self.weights is None else self.weights.to(device),
             first_positions=self.firsts,
+            shared=None if self.shared is None else self.shared.to(device),
         )
 
     @cached_property
     def not_last(self) -> Int[Tensor, " kept"]:
-        """Indices of all tokens but the last of each sequence."""
+        """Indices of all tokens but the last of each sequence, or of the row it is a piece of."""
+        if self.shared is not None:
+            return self.shared.not_last
         keep = torch.ones(self.num_tokens, dtype=torch.bool)
         ends = self.starts[1:][self.starts.diff() > 0]
         keep[ends - 1] = False
@@ -117,6 +169,8 @@ class TokenBatch:
         Row j of the result stands for place `not_last[j]` of this batch, and must be joined with the hidden state
         of that place. Source: report 2.2, eq. 21: h^k_i reads Emb(t_{i+k}) and has t_{i+k+1} as its target.
         """
+        if self.shared is not None:
+            return self.shared.ahead()
         keep = self.not_last
         shortened = torch.tensor([0] + [max(length - 1, 0) for length in self.lengths]).cumsum(0)
         return TokenBatch(

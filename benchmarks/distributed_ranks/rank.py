@@ -84,7 +84,7 @@ def seconds_of_woven_steps(parallel: dict[str, Any], latency: float, trace: str 
     link = Link(latency_seconds=latency)
     ranks = ranks_of(config, parallel=parallel, link=link)
     state = new_state(config, ranks=ranks)
-    generator = torch.Generator().manual_seed(ranks.data_rank)
+    generator = torch.Generator().manual_seed(ranks.row_rank)
     seconds, waited = [], []
     for number in range(3):
         rows = torch.randint(SIZE.model.vocab_size, (MICRO_BATCHES, SIZE.sequence_length + 1), generator=generator)

@@ -22,6 +22,9 @@ class ParallelConfig:
     """Layers of each stage; empty splits them by the FLOPs of each."""
     expert: int = 1
     """Ranks that share the routed experts of every layer (EP; the report's run has 64). They read different rows."""
+    context: int = 1
+    """Ranks that share the tokens of every row (CP), for rows too long for one device; the report's run has none.
+    They count among those that read different rows, and may share experts with them."""
     wire: str = "compute"
     """How tokens travel to their experts: 'compute' (in the type that is computed with, there and back) or 'fp8' (the
     report's: E4M3 with a scale for each 128 on the way out, BF16 on the way back; 3.3.3)."""
@@ -39,7 +42,7 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         require_choice(self, "wire", choices=("compute", "fp8"))
         require_choice(self, "schedule", choices=SCHEDULE_NAMES)
-        require_positive(self, "pipeline", "expert", "timeout_seconds")
+        require_positive(self, "pipeline", "expert", "context", "timeout_seconds")
         require_not_negative(self, "ranks_per_node", "trace_steps")
         if self.wire != "compute" and self.expert == 1:
             raise ConfigError(

@@ -124,6 +124,12 @@ class PretrainConfig:
                 f"batch.sequence_length = {self.batch.sequence_length} leaves nothing to predict "
                 f"{self.model.num_nextn_predict_layers} tokens further ahead"
             )
+        predicted = self.batch.sequence_length - self.model.num_nextn_predict_layers
+        if predicted < 2 * self.parallel.context and self.parallel.context > 1:
+            raise ConfigError(
+                f"parallel.context = {self.parallel.context} ranks each take two pieces of a row, and one of "
+                f"batch.sequence_length = {self.batch.sequence_length} tokens is too short for that; use fewer"
+            )
         if self.balance.method == "bias" and not self.model.has_router_bias:
             raise ConfigError(
                 f"balance.method 'bias' needs routers with a bias, and topk_method = '{self.model.topk_method}' has "

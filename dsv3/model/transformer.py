@@ -278,7 +278,8 @@ class Transformer(nn.Module):
 
     def _rotation(self, batch: TokenBatch) -> Rotation:
         frequencies = rope_frequencies(self.config).to(batch.positions.device)
-        return rotation_at(batch.positions, frequencies=frequencies, yarn=self.config.rope_scaling)
+        positions = batch.positions if batch.shared is None else batch.shared.key_positions
+        return rotation_at(positions, frequencies=frequencies, yarn=self.config.rope_scaling)
 
 
 class Embedding(nn.Module):

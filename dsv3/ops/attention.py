@@ -1,6 +1,7 @@
 """The core of attention, without parameters: causal over whole sequences, and absorbed over a latent cache."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.bias import causal_lower_right
 
 from dsv3 import native
 from dsv3.ops.rope import Rotation, rotate
@@ -16,34 +18,44 @@ from dsv3.ops.rope import Rotation, rotate
 def expanded_attention(
     query: Float[Tensor, "token head qk"],
     *,
-    key_value: Float[Tensor, "token head nope_and_v"],
-    rope_key: Float[Tensor, "token rope"],
+    key_value: Float[Tensor, "key head nope_and_v"],
+    rope_key: Float[Tensor, "key rope"],
     rotation: Rotation,
     lengths: Sequence[int],
     scale: float,
+    key_lengths: Sequence[int] | None = None,
 ) -> Float[Tensor, "token head v"]:
     """Attend from each token to itself and the tokens before it in its own sequence, from the projections as they are.
 
-    Nothing is rotated yet: the last `rope` numbers of each query head and the one rope key are, here, by `rotation`.
-    Each head of `key_value` holds its key without position, then its value. Sequences lie end to end.
+    Nothing is rotated yet: the last `rope` numbers of each query head and the one rope key are, here, by `rotation`,
+    which is that of the keys. Each head of `key_value` holds its key without position, then its value. Sequences lie
+    end to end. With `key_lengths` there are that many keys of each, of which the queries are those of the last ones.
 
     Source: report 2.1.1, eq. 2-5 and 7-10.
     """
     if native.usable(query, key_value, rope_key, rotation.cos, rotation.sin):
-        return _ExpandedAttention.apply(query, key_value, rope_key, rotation.cos, rotation.sin, tuple(lengths), scale)
+        counts = (tuple(lengths), tuple(key_lengths or lengths))
+        return _ExpandedAttention.apply(query, key_value, rope_key, rotation.cos, rotation.sin, *counts, scale)
     return expanded_attention_plain(
-        query, key_value=key_value, rope_key=rope_key, rotation=rotation, lengths=lengths, scale=scale
+        query,
+        key_value=key_value,
+        rope_key=rope_key,
+        rotation=rotation,
+        lengths=lengths,
+        scale=scale,
+        key_lengths=key_lengths,
     )
 
 
 def expanded_attention_plain(
     query: Float[Tensor, "token head qk"],
     *,
-    key_value: Float[Tensor, "token head nope_and_v"],
-    rope_key: Float[Tensor, "token rope"],
+    key_value: Float[Tensor, "key head nope_and_v"],
+    rope_key: Float[Tensor, "key rope"],
     rotation: Rotation,
     lengths: Sequence[int],
     scale: float,
+    key_lengths: Sequence[int] | None = None,
 ) -> Float[Tensor, "token head v"]:
     """`expanded_attention` in the report's steps: rotate, give every head the shared key, attend."""
     heads, rope = query.shape[1], rope_key.shape[1]
@@ -51,13 +63,23 @@ def expanded_attention_plain(
     query_nope, query_rope = query.split([nope, rope], dim=-1)
     key_nope, value = key_value.split([nope, key_value.shape[2] - nope], dim=-1)
     shared = rotate(rope_key[:, None, :], rotation=rotation).expand(-1, heads, -1)
+    own = rotation if key_lengths is None else _last_of_each(rotation, lengths=lengths, key_lengths=key_lengths)
     return causal_attention(
-        torch.cat((query_nope, rotate(query_rope, rotation=rotation)), dim=-1),
+        torch.cat((query_nope, rotate(query_rope, rotation=own)), dim=-1),
         key=torch.cat((key_nope, shared), dim=-1),
         value=value,
         lengths=lengths,
         scale=scale,
+        key_lengths=key_lengths,
     )
+
+
+def _last_of_each(rotation: Rotation, *, lengths: Sequence[int], key_lengths: Sequence[int]) -> Rotation:
+    """Return the rotation of the last `lengths` of each sequence's keys."""
+    ends = accumulate(key_lengths)
+    places = torch.cat([torch.arange(end - length, end) for length, end in zip(lengths, ends, strict=True)])
+    places = places.to(rotation.cos.device)
+    return Rotation(cos=rotation.cos[places], sin=rotation.sin[places])
 
 
 class _ExpandedAttention(torch.autograd.Function):
@@ -70,6 +92,7 @@ class _ExpandedAttention(torch.autograd.Function):
         cos: Tensor,
         sin: Tensor,
         lengths: tuple[int, ...],
+        key_lengths: tuple[int, ...],
         scale: float,
     ) -> Tensor:
         inputs = [x.contiguous() for x in (query, key_value, rope_key, cos, sin)]
@@ -78,7 +101,8 @@ class _ExpandedAttention(torch.autograd.Function):
         nope = qk - rope
         output = query.new_empty(tokens, heads, key_value.shape[2] - nope)
         log_sum = query.new_empty(tokens, heads)
-        ctx.shape = (native.starts_of(lengths), len(lengths), heads, nope, rope, output.shape[2], scale)
+        starts = (native.starts_of(lengths), native.starts_of(key_lengths))
+        ctx.shape = (*starts, len(lengths), heads, nope, rope, output.shape[2], scale)
         native.call("attention_forward", *inputs, output, log_sum, *ctx.shape)
         ctx.save_for_backward(*inputs, output, log_sum)
         return output
@@ -90,27 +114,29 @@ class _ExpandedAttention(torch.autograd.Function):
         results = [torch.empty_like(x) for x in (query, key_value, rope_key)]
         slope = gradients[0].contiguous()
         native.call("attention_backward", slope, query, key_value, rope_key, *others, *results, *ctx.shape)
-        return *results, None, None, None, None
+        return *results, None, None, None, None, None
 
 
 def causal_attention(
     query: Float[Tensor, "token head qk"],
     *,
-    key: Float[Tensor, "token head qk"],
-    value: Float[Tensor, "token head v"],
+    key: Float[Tensor, "key head qk"],
+    value: Float[Tensor, "key head v"],
     lengths: Sequence[int],
     scale: float,
+    key_lengths: Sequence[int] | None = None,
 ) -> Float[Tensor, "token head v"]:
     """Attend from each token to itself and the tokens before it in its own sequence.
 
-    Sequences lie end to end and are `lengths` long. Scores are never held: values are padded to the width of the keys,
+    Sequences lie end to end and are `lengths` long; with `key_lengths`, that is how many of the last tokens ask. Scores are never held: values are padded to the width of the keys,
     because torch's fused kernels on CPU ask for equal widths (here v is narrower) and fall back to a T x T matrix.
     """
     width = value.shape[-1]
     padded = F.pad(value, (0, query.shape[-1] - width)) if width < query.shape[-1] else value
-    if len(set(lengths)) == 1:
+    if key_lengths is None and len(set(lengths)) == 1:
         return _batched_rows(query, key, padded, num_rows=len(lengths), scale=scale)[..., :width]
-    pieces = zip(query.split(list(lengths)), key.split(list(lengths)), padded.split(list(lengths)), strict=True)
+    of_keys = list(key_lengths or lengths)
+    pieces = zip(query.split(list(lengths)), key.split(of_keys), padded.split(of_keys), strict=True)
     outputs = [_batched_rows(q, k, v, num_rows=1, scale=scale) for q, k, v in pieces if len(q)]
     return torch.cat(outputs)[..., :width]
 
@@ -118,7 +144,11 @@ def causal_attention(
 def _batched_rows(query: Tensor, key: Tensor, value: Tensor, *, num_rows: int, scale: float) -> Tensor:
     """Fused causal attention over rows of equal length; token head dim in and out."""
     q, k, v = (x.unflatten(0, (num_rows, -1)).transpose(1, 2) for x in (query, key, value))  # row head token dim
-    output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    if len(query) == len(key):
+        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    else:
+        seen = causal_lower_right(q.shape[2], k.shape[2])
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
     return output.transpose(1, 2).flatten(0, 1)
 
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from math import lcm
 
 import torch
 import torch.distributed as dist
@@ -30,12 +31,12 @@ def open_ranks(
     """
     size = num_ranks()
     if size == 1:
-        wanted = config.pipeline * config.expert
+        wanted = config.pipeline * lcm(config.expert, config.context)
         if wanted > 1:
-            asked = " x ".join(
+            asked = " and ".join(
                 f"parallel.{name} = {size}"
-                for name, size in (("pipeline", config.pipeline), ("expert", config.expert))
-                if size > 1
+                for name in ("pipeline", "expert", "context")
+                if (size := getattr(config, name)) > 1
             )
             raise ConfigError(
                 f"{asked} needs {wanted} ranks, or a multiple, and there is one; start it as torchrun "

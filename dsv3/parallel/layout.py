@@ -1,7 +1,8 @@
 """Where each rank stands: which stages of the model it has, which experts, and with whom it shares what.
 
 The axes, slowest first: pipeline, expert-data, expert. Neighbouring ranks share the experts of a layer among them; a
-pipeline's ranks read the same rows, all others different ones.
+pipeline's ranks read the same rows, all others different ones. Neighbours that share rows have different tokens of
+them, and are as any others in everything but attention.
 """
 
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.errors import ConfigError
+from dsv3.parallel.context import ContextGroup
 from dsv3.parallel.dispatch import Hop
 from dsv3.parallel.exchange import Channel
 from dsv3.parallel.link import Link
@@ -52,8 +54,8 @@ class Layout:
         """Find it.
 
         Raises:
-            ConfigError: the ranks do not divide into pipelines and groups of `config.expert`, or the experts or layers
-                do not divide over them.
+            ConfigError: the ranks do not divide into pipelines and groups of `config.expert` or `config.context`, or the
+                experts or layers do not divide over them.
         """
         num_experts = model.n_routed_experts
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
@@ -71,6 +73,7 @@ class Layout:
         self.towards_first = self._second_pipeline(config)
         """The same ranks once more: each way between two of them has a channel of its own, so that on one that keeps
         the order of calls (NCCL) a rank that gets ready to receive does not hold up what it sends."""
+        self.context = self._context(link)
         self.hops = self._hops(mesh.get_group(EXPERT), link=link)
         self._sharers = self._find_sharers()
 
@@ -104,6 +107,19 @@ class Layout:
             if self.rank in ranks:
                 mine = group
         return mine
+
+    def _context(self, link: Link) -> ContextGroup | None:
+        """Return the ranks that share this one's rows, or None where it has rows of its own."""
+        size = self.config.context
+        if size == 1:
+            return None
+        mine: dist.ProcessGroup | None = None
+        for first in range(0, self.size, size):  # all ranks make all groups
+            group = dist.new_group(list(range(first, first + size)))
+            if first <= self.rank < first + size:
+                mine = group
+        assert mine is not None
+        return ContextGroup(group=mine, size=size, place=self.rank % size, link=link)
 
     def _find_sharers(self) -> dict[tuple[tuple[int, ...], bool], Sharers]:
         ends = (f"layers.{layers.start}" for layers in self.stages.layers)

@@ -1,7 +1,7 @@
 """The ranks that train together, and what they tell each other in a step.
 
-Ranks of one pipeline read the same rows and each does its stages of them; all others read different rows. Routed
-experts are dealt out over the expert axis, consecutive ones to each rank. Gradients are summed over all ranks that hold
+Ranks of one pipeline read the same rows and each does its stages of them; all others read different rows, or different
+tokens of them where ranks share rows. Routed experts are dealt out over the expert axis, consecutive ones to each rank. Gradients are summed over all ranks that hold
 the same weights, always in FP32; the loss is already divided by what all ranks have (report 3.2, 4.2).
 """
 
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from dsv3.batch import TokenBatch
 from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.model.block import run_through
 from dsv3.model.interfaces import ModelOutput, Part, TokenDispatch
@@ -38,8 +39,8 @@ class Alone:
     """One rank that holds everything: nobody to talk to."""
 
     def __init__(self) -> None:
-        self.rank = self.data_rank = 0
-        self.size = self.data_size = 1
+        self.rank = self.row_rank = 0
+        self.size = self.row_size = 1
         self.link = Link()
         self.trace = Trace()
 
@@ -47,6 +48,10 @@ class Alone:
     def dispatch(self) -> TokenDispatch:
         """How tokens reach their experts."""
         return LocalDispatch()
+
+    def share_rows(self, batch: TokenBatch) -> TokenBatch:
+        """Return the tokens of a batch's rows that are this rank's: all."""
+        return batch
 
     def keep_own(self, model: Transformer) -> None:
         """Let go of the layers and experts that belong to others: of none."""
@@ -80,7 +85,7 @@ class Alone:
         return [float(value) for value in values]
 
     def total_over_data(self, values: Sequence[int | float]) -> list[float]:
-        """Return each number summed over the ranks that read different rows."""
+        """Return each number summed over the ranks that read different rows, or different tokens of them."""
         return [float(value) for value in values]
 
     def total_over_pipeline(self, values: Sequence[int | float]) -> list[float]:
@@ -160,7 +165,9 @@ class Ranks(Alone):
         self.link.trace = self.trace
         self.layout = Layout(config, model=model, sequence_length=sequence_length, link=self.link)
         self.rank, self.size = self.layout.rank, self.layout.size
-        self.data_rank, self.data_size = self.layout.data_rank, self.layout.data_size
+        self.row_rank = self.layout.data_rank // config.context
+        self.row_size = self.layout.data_size // config.context
+        """How many are given different rows."""
         self.hops = self.layout.hops
         """Ways that tokens take to their experts, one after the other; none where all experts are here."""
         self._dispatch: TokenDispatch = AllToAllDispatch(hops=self.hops) if self.hops else LocalDispatch()
@@ -170,6 +177,10 @@ class Ranks(Alone):
     def dispatch(self) -> TokenDispatch:
         """How tokens reach their experts."""
         return self._dispatch
+
+    def share_rows(self, batch: TokenBatch) -> TokenBatch:
+        """Return the tokens of a batch's rows that are this rank's."""
+        return batch if self.layout.context is None else self.layout.context.share(batch)
 
     def keep_own(self, model: Transformer) -> None:
         """Let go of the layers and experts that belong to others."""
@@ -263,7 +274,7 @@ class Ranks(Alone):
         return sums.tolist()
 
     def total_over_data(self, values: Sequence[int | float]) -> list[float]:
-        """Return each number summed over the ranks that read different rows, in FP64."""
+        """Return each number summed over the ranks that read different rows, or different tokens of them, in FP64."""
         counts = self.layout.pipeline_rank == 0
         return self.total([value if counts else 0 for value in values])
 

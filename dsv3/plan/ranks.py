@@ -79,12 +79,12 @@ def plan_ranks(config: PretrainConfig, *, world: int) -> RunPlan:
     require_expert_ranks(parallel.expert, num_experts=model.n_routed_experts)
     require_whole_pipelines(parallel, world=world, num_experts=model.n_routed_experts)
     data = world // parallel.pipeline
-    rows = config.batch.final_sequences
-    if rows % data:
+    rows, readers = config.batch.final_sequences, data // parallel.context
+    if rows % readers:
         raise ConfigError(
-            f"batch.final_sequences = {rows} rows do not divide over {data} pipelines; use a multiple of {data}"
+            f"batch.final_sequences = {rows} rows do not divide over {readers} pipelines; use a multiple of {readers}"
         )
-    micro_batches = -(-rows // (config.batch.micro_batch_sequences * data))
+    micro_batches = -(-rows // (config.batch.micro_batch_sequences * readers))
     schedule = make_schedule(parallel, num_micro_batches=micro_batches)
     stages = make_stages(parallel, model=model, sequence_length=config.batch.sequence_length)
     timeline = simulate(schedule, costs=ChunkCosts())
@@ -211,5 +211,11 @@ def _stage_activations(config: PretrainConfig, *, stages: Stages, stage: int) ->
         num_nextn_predict_layers=model.num_nextn_predict_layers if is_last else 0,
     )
     kept = activation_memory(replace(config, model=part))
-    tokens = config.batch.micro_batch_sequences * config.batch.sequence_length
-    return kept.per_token * tokens + (kept.per_pass if is_last else 0)
+    tokens, context = config.batch.micro_batch_sequences * config.batch.sequence_length, config.parallel.context
+    of_others = 0
+    if context > 1:  # what attention looks at: of the whole rows, and of one of both pieces once more
+        numbers = model.kv_lora_rank + model.qk_rope_head_dim
+        if not config.recompute.up_projections:
+            numbers += model.num_attention_heads * (model.qk_nope_head_dim + model.v_head_dim)
+        of_others = 4 * len(layers) * numbers * (tokens - tokens // (2 * context))
+    return kept.per_token * (tokens // context) + of_others + (kept.per_pass if is_last else 0)

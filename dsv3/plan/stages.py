@@ -163,13 +163,12 @@ def require_expert_ranks(size: int, *, num_experts: int) -> None:
 
 
 def require_whole_pipelines(config: ParallelConfig, *, world: int, num_experts: int) -> None:
-    """Refuse a number of ranks that do not divide into pipelines of groups that share the experts.
+    """Refuse a number of ranks that do not divide into pipelines of groups that share the experts, and rows.
 
     Raises:
         ConfigError: says which degrees would do.
     """
-    each = config.pipeline * config.expert
-    if world % each == 0:
+    if world % (config.pipeline * config.expert) == 0 and world // config.pipeline % config.context == 0:
         return
     if world % config.pipeline:
         fitting = [size for size in range(1, world + 1) if world % size == 0]
@@ -178,8 +177,14 @@ def require_whole_pipelines(config: ParallelConfig, *, world: int, num_experts: 
             "parallel.pipeline, or another number of ranks"
         )
     left = world // config.pipeline
-    fitting = [size for size in range(1, left + 1) if left % size == 0 and num_experts % size == 0]
     of_each = f"{left} ranks of each stage" if config.pipeline > 1 else f"{world} ranks"
+    dividing = [size for size in range(1, left + 1) if left % size == 0]
+    if left % config.context:
+        raise ConfigError(
+            f"{of_each} do not divide into groups of {config.context} that share rows; use "
+            f"{', '.join(map(str, dividing))} for parallel.context, or another number of ranks"
+        )
+    fitting = [size for size in dividing if num_experts % size == 0]
     raise ConfigError(
         f"{of_each} do not divide into expert axes of {config.expert}; use {', '.join(map(str, fitting))} for "
         "parallel.expert, or another number of ranks"

@@ -59,8 +59,8 @@ def sequence_loss(routing: Routing, *, batch: TokenBatch, num_sequences: int) ->
     their sum (eq. 19, 20). That the batch takes the mean over sequences is implied, not written.
     """
     num_experts, top_k = routing.affinity.shape[1], routing.experts.shape[1]
-    frequency = _frequency_by_sequence(_plain_top_k(routing), batch=batch, num_columns=num_experts)
-    share = _mean_by_sequence(_normalised(routing.affinity), batch=batch)
+    frequency = _frequency_by_row(_plain_top_k(routing), batch=batch, num_columns=num_experts)
+    share = _mean_by_row(_normalised(routing.affinity), batch=batch)
     return (frequency * share).sum() * (num_experts / top_k / num_sequences)
 
 
@@ -101,13 +101,15 @@ def v2_losses(
     devices_per_token = model_config.topk_group if model_config.topk_method != "greedy" else num_devices
     per_device = num_experts // num_devices
 
-    share = _mean_by_sequence(_normalised(routing.affinity), batch=batch)
-    frequency = _frequency_by_sequence(routing.experts, batch=batch, num_columns=num_experts) * (num_experts / top_k)
+    share = _mean_by_row(_normalised(routing.affinity), batch=batch)
+    frequency = _frequency_by_row(routing.experts, batch=batch, num_columns=num_experts) * (num_experts / top_k)
     device_share = share.unflatten(1, (num_devices, per_device)).sum(2)
     device_frequency = frequency.unflatten(1, (num_devices, per_device)).mean(2)
     sent = torch.zeros(routing.experts.shape[0], num_devices, device=share.device)
     sent.scatter_(1, routing.experts // per_device, 1.0)
-    sent_frequency = _mean_by_sequence(sent, batch=batch) * (num_devices / devices_per_token)
+    sent_frequency = _mean_by_row(sent, batch=batch) * (num_devices / devices_per_token)
+    if batch.shared is not None:
+        sent_frequency = batch.shared.total(sent_frequency)
 
     weighted = (
         config.expert_loss_weight * (frequency * share).sum()
@@ -151,23 +153,32 @@ def _plain_top_k(routing: Routing) -> Int[Tensor, "token chosen"]:
     return routing.affinity.detach().topk(routing.experts.shape[1], dim=1, sorted=False).indices
 
 
-def _sequence_of_token(batch: TokenBatch) -> Int[Tensor, " token"]:
+def _row_of_token(batch: TokenBatch) -> Int[Tensor, " token"]:
+    if batch.shared is not None:
+        return batch.shared.row_of_token.to(batch.tokens.device)
     index = torch.repeat_interleave(torch.arange(len(batch.lengths)), batch.starts.diff())
     return index.to(batch.tokens.device)
 
 
-def _mean_by_sequence(values: Float[Tensor, "token column"], *, batch: TokenBatch) -> Float[Tensor, "sequence column"]:
-    if batch.row_length is not None:
+def _row_lengths(batch: TokenBatch) -> Int[Tensor, " row"]:
+    lengths = batch.lengths if batch.shared is None else batch.shared.row_lengths
+    return torch.tensor(lengths, device=batch.tokens.device).clamp(min=1)
+
+
+def _mean_by_row(values: Float[Tensor, "token column"], *, batch: TokenBatch) -> Float[Tensor, "row column"]:
+    """Return the mean over the tokens of each row; of a row that ranks share, this rank's part of it."""
+    if batch.shared is None and batch.row_length is not None:
         return values.unflatten(0, (len(batch.lengths), batch.row_length)).mean(1)
-    sums = values.new_zeros(len(batch.lengths), values.shape[1]).index_add(0, _sequence_of_token(batch), values)
-    return sums / batch.starts.diff().clamp(min=1).to(values)[:, None]
+    sums = values.new_zeros(batch.num_rows, values.shape[1]).index_add(0, _row_of_token(batch), values)
+    return sums / _row_lengths(batch).to(values)[:, None]
 
 
-def _frequency_by_sequence(
+def _frequency_by_row(
     chosen: Int[Tensor, "token chosen"], *, batch: TokenBatch, num_columns: int
-) -> Float[Tensor, "sequence column"]:
-    """Return how many tokens of each sequence chose each column, divided by the sequence's length."""
-    num_sequences = len(batch.lengths)
-    cell = _sequence_of_token(batch)[:, None] * num_columns + chosen
-    counts = torch.bincount(cell.flatten(), minlength=num_sequences * num_columns).view(num_sequences, num_columns)
-    return counts / batch.starts.diff().clamp(min=1).to(counts.device)[:, None]
+) -> Float[Tensor, "row column"]:
+    """Return how many tokens of each row, on all ranks, chose each column, divided by the row's length."""
+    cell = _row_of_token(batch)[:, None] * num_columns + chosen
+    counts = torch.bincount(cell.flatten(), minlength=batch.num_rows * num_columns).view(batch.num_rows, num_columns)
+    if batch.shared is not None:
+        counts = batch.shared.total(counts)
+    return counts / _row_lengths(batch)[:, None]

@@ -301,15 +301,14 @@ class _Run:
         Rows are read in order, so the tokens seen say which are next.
         """
         batch, state, ranks = self.config.batch, self.state, self.state.ranks
-        at_once = batch.micro_batch_sequences * ranks.data_size
+        at_once = batch.micro_batch_sequences * ranks.row_size
         start = state.tokens // batch.sequence_length
         end = start + batch_sequences(batch, tokens=state.tokens)
-        return [
-            self.loader.batch(
-                first, count=min(at_once, end - first), rank=ranks.data_rank, world_size=ranks.data_size
-            ).to(state.model.device)
+        rows = (
+            self.loader.batch(first, count=min(at_once, end - first), rank=ranks.row_rank, world_size=ranks.row_size)
             for first in range(start, end, at_once)
-        ]
+        )
+        return [ranks.share_rows(batch).to(state.model.device) for batch in rows]
 
     def validate(self) -> None:
         """Score the held-out text with the weights and with their average, and let the sampler speak."""
@@ -373,7 +372,7 @@ class _Run:
 
 def _require_shares(config: PretrainConfig, *, ranks: Alone) -> None:
     """Refuse batches whose rows do not divide over the ranks: all of them must do the same steps together."""
-    batch, shares = config.batch, ranks.data_size
+    batch, shares = config.batch, ranks.row_size
     grows = batch.start_sequences != batch.final_sequences
     wrong = [
         f"batch.{name} = {number}"

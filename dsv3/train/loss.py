@@ -33,7 +33,8 @@ class WholeBatch:
         """Count over all micro-batches of a step."""
         return cls(
             num_targets=sum(num_trained(batch) for batch in batches),
-            num_sequences=sum(len(batch.lengths) for batch in batches),
+            # Of a row that ranks share, the one that has its beginning counts it.
+            num_sequences=sum(batch.firsts.count(0) for batch in batches),
         )
 
 

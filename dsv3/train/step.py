@@ -320,15 +320,15 @@ def _stop(state: TrainState, *, passes: _Passes, batches: Sequence[TokenBatch], 
 
 def _fault(state: TrainState, *, batches: Sequence[TokenBatch], index: int | None, what: str) -> str:
     """Return what is wrong with the rows of a micro-batch, or of all, counted as the loader counts them."""
-    sizes = [len(batch.lengths) for batch in batches]
+    sizes = [batch.num_rows for batch in batches]
     begin, ranks = state.tokens // state.config.batch.sequence_length, state.ranks
-    first = begin + sum(sizes[: index or 0]) * ranks.data_size
+    first = begin + sum(sizes[: index or 0]) * ranks.row_size
     count = sum(sizes) if index is None else sizes[index]
-    if ranks.data_size == 1:
+    if ranks.row_size == 1:
         rows, where = range(first, first + count), f"rows {first} to {first + count - 1} of the data"
     else:
-        step = ranks.data_size
-        rows = range(first + ranks.data_rank, first + count * step, step)
+        step = ranks.row_size
+        rows = range(first + ranks.row_rank, first + count * step, step)
         where = f"rows {rows.start}, {rows.start + step}, ... of the data, {count} of them"
     if ranks.size > 1:
         where += f", on rank {ranks.rank}"

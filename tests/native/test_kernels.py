@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -54,17 +54,26 @@ def rotation_of(lengths: list[int], *, rope: int, dtype: torch.dtype) -> Rotatio
 
 
 def check_attention(
-    lengths: list[int], *, heads: int, nope: int, rope: int, value: int, spread: float = 1.0, tolerance: float = 4e-6
+    lengths: list[int],
+    *,
+    heads: int,
+    nope: int,
+    rope: int,
+    value: int,
+    asking: list[int] | None = None,
+    spread: float = 1.0,
+    tolerance: float = 4e-6,
 ) -> None:
+    """Compare with FP64; `asking` says how many of the last tokens of each sequence have a query, all if left out."""
     tokens = sum(lengths)
     turned = rotation_of(lengths, rope=rope, dtype=torch.float64)
     narrow = Rotation(cos=turned.cos.float(), sin=turned.sin.float())
     turned = Rotation(cos=narrow.cos.double(), sin=narrow.sin.double())
-    shape = {"lengths": lengths, "scale": (nope + rope) ** -0.5}
+    shape = {"lengths": asking or lengths, "scale": (nope + rope) ** -0.5, "key_lengths": asking and lengths}
     compare(
         lambda q, kv, k: expanded_attention(q, key_value=kv, rope_key=k, rotation=narrow, **shape),
         lambda q, kv, k: expanded_attention_plain(q, key_value=kv, rope_key=k, rotation=turned, **shape),
-        numbers(tokens, heads, nope + rope, spread=spread),
+        numbers(sum(asking or lengths), heads, nope + rope, spread=spread),
         numbers(tokens, heads, nope + value, seed=1),
         numbers(tokens, rope, seed=2),
         tolerance=tolerance,
@@ -91,6 +100,34 @@ def test_attention(lengths, heads, nope, rope, value):
 )
 def test_attention_of_any_shape(lengths, heads, nope, pairs, value):
     check_attention(lengths, heads=heads, nope=nope, rope=2 * pairs, value=value)
+
+
+@settings(max_examples=25)
+@given(
+    counts=st.lists(st.tuples(st.integers(0, 250), st.floats(0, 1)), min_size=1, max_size=3),
+    heads=st.integers(1, 3),
+    nope=st.integers(1, 20),
+    pairs=st.integers(1, 5),
+    value=st.integers(1, 20),
+)
+def test_attention_of_the_last_tokens_alone(counts, heads, nope, pairs, value):
+    lengths, asking = [length for length, _ in counts], [round(length * share) for length, share in counts]
+    assume(any(asking))
+    check_attention(lengths, heads=heads, nope=nope, rope=2 * pairs, value=value, asking=asking)
+
+
+def test_attention_of_the_last_tokens_is_the_end_of_all_of_it():
+    """Both paths, against themselves: what the last 70 of 300 tokens get does not depend on the others' queries."""
+    query, key_value, rope_key = numbers(300, 2, 12), numbers(300, 2, 16, seed=1), numbers(300, 4, seed=2)
+    given = {
+        "key_value": key_value,
+        "rope_key": rope_key,
+        "rotation": rotation_of([300], rope=4, dtype=torch.float32),
+        "scale": 0.3,
+    }
+    for attend in (expanded_attention, expanded_attention_plain):
+        whole = attend(query, lengths=[300], **given)
+        assert torch.allclose(attend(query[-70:], lengths=[70], key_lengths=[300], **given), whole[-70:], atol=1e-6)
 
 
 def test_attention_with_scores_of_hundreds_stays_exact():

@@ -1,6 +1,7 @@
 """Many ranks train as one does."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from dsv3.config import (
 )
 from dsv3.errors import ConfigError, NonFiniteError
 from dsv3.parallel.ranks import Alone, Ranks
+from dsv3.plan.stages import require_whole_pipelines
 from dsv3.train.resume import new_state
 from dsv3.train.step import train_step
 
@@ -51,6 +53,12 @@ LAYOUTS = {
     "zbv 2, experts 2": (4, {"pipeline": 2, "expert": 2, "schedule": "zbv"}, SLOW),
     "dualpipe 2, data 2, zero": (4, {"pipeline": 2, "zero": True, "schedule": "dualpipe"}, SLOW),
     "woven, experts 2": (2, {"expert": 2, "schedule": "dualpipe_v"}, ()),
+    "context 2": (2, {"context": 2}, ()),
+    "context 4": (4, {"context": 4}, SLOW),
+    "context 2, experts 2": (2, {"context": 2, "expert": 2}, SLOW),
+    "context 2, experts 4": (4, {"context": 2, "expert": 4}, SLOW),
+    "dualpipe 2, context 2, zero": (4, {"pipeline": 2, "context": 2, "zero": True, "schedule": "dualpipe"}, SLOW),
+    "woven, context 2, experts 2": (2, {"context": 2, "expert": 2, "schedule": "dualpipe_v"}, SLOW),
     "1f1b 2, experts 2, data 2, zero": (
         8,
         {"pipeline": 2, "expert": 2, "zero": True, "schedule": "1f1b"},
@@ -102,8 +110,9 @@ def rows_of(step):
 
 def share(rows, *, ranks, micro):
     """Return a rank's rows as the loader deals them, in micro-batches that together are as large on any number."""
-    mine = rows[ranks.data_rank :: ranks.data_size]
-    return [TokenBatch.from_rows(part) for part in mine.split(max(1, micro // ranks.data_size))]
+    mine = rows[ranks.row_rank :: ranks.row_size]
+    batches = [TokenBatch.from_rows(part) for part in mine.split(max(1, micro // ranks.row_size))]
+    return [ranks.share_rows(batch) for batch in batches]
 
 
 def open_layout(config, parallel):
@@ -173,6 +182,7 @@ def test_twenty_steps_are_those_of_one_rank(on_ranks, on_one_rank, size, paralle
         pytest.param(4, {"pipeline": 2, "expert": 2, "schedule": "dualpipe"}, marks=SLOW),
         pytest.param(4, {"expert": 2, "zero": True}, marks=SLOW),
         pytest.param(4, {"pipeline": 4, "schedule": "zb1p"}, marks=SLOW),
+        pytest.param(4, {"context": 4, "expert": 2}, marks=SLOW),
     ],
 )
 def test_in_fp64_they_are_those_of_one_rank_to_the_ninth_digit(on_ranks, on_one_rank, size, parallel):
@@ -189,6 +199,9 @@ def test_in_fp64_they_are_those_of_one_rank_to_the_ninth_digit(on_ranks, on_one_
         pytest.param({"balance": "batch_loss"}, {"pipeline": 2, "expert": 2}, marks=SLOW),
         pytest.param({"balance": "batch_loss", "mtp": 0.0}, {"pipeline": 2, "schedule": "1f1b"}, marks=SLOW),
         pytest.param({"balance": "sequence_loss"}, {"expert": 2}, marks=SLOW),
+        pytest.param({"balance": "sequence_loss"}, {"context": 2}, marks=SLOW),
+        pytest.param({"balance": "batch_loss"}, {"context": 2}, marks=SLOW),
+        pytest.param({"balance": "v2_losses"}, {"context": 2}, marks=SLOW),
         pytest.param({"balance": "v2_losses"}, {"pipeline": 2, "expert": 2}, marks=SLOW),
         pytest.param({"mtp": 0.0}, {"pipeline": 2, "expert": 2, "schedule": "1f1b"}, marks=SLOW),
     ],
@@ -284,6 +297,16 @@ def test_ranks_that_do_not_divide_are_refused_with_what_would(on_ranks):
     assert on_ranks(refuse, size=3, expert=2)[0] == (
         "3 ranks do not divide into expert axes of 2; use 1 for parallel.expert, or another number of ranks"
     )
+
+
+def test_ranks_that_do_not_divide_to_share_rows_are_refused_with_what_would():
+    with pytest.raises(ConfigError, match=r"6 ranks of each stage do not divide .* of 4 that share rows; use 1, 2, 3"):
+        require_whole_pipelines(ParallelConfig(pipeline=2, context=4), world=12, num_experts=8)
+
+
+def test_rows_too_short_to_share_are_refused():
+    with pytest.raises(ConfigError, match=r"16 tokens is too short"):
+        replace(config_of(), parallel=ParallelConfig(context=8))
 
 
 def test_a_wire_that_nothing_travels_on_is_refused():

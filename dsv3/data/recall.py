@@ -1,0 +1,95 @@
+"""Documents that cannot be continued without looking back: `builtin://recall`.
+
+Real text with statements between its lines, each of which is made once more further down: after its first words, the
+rest of it can only be known from where it stood before. The distances are even on a scale of octaves, from the line
+above to most of the document, and so are the lengths of the documents, so that rows of any length hold something to
+look for. Ours; the report does not say what its long context was trained on.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from heapq import heappop, heappush
+from random import Random
+
+from dsv3.data.chance import falls_below, hash_text
+from dsv3.data.document import Document
+
+SHORTEST = 400
+"""Characters of the shortest documents, a hundred tokens or so."""
+OCTAVES = 8
+"""The longest documents are this many times twice as long, less one."""
+CHARACTERS_OF_AN_OCTAVE = 800_000
+MAYBE_HELD_OUT = 0.1
+"""Text whose hash falls below this may be held out of its own source, and is left out here: a rate of a tenth or less
+never trains on what it holds out."""
+STATED_SHARE = 0.5
+"""Of the lines, so many state something, for the first time or again."""
+PATTERNS = (
+    "The {} {} of {} is {}.",
+    "The {1} of {2} is {3}.",
+    "The {0} of the {1} {2} is {3}.",
+    "{2} keeps the {0} {1} {3}.",
+    "The {1} that {2} gave to the {0} was {3}.",
+    "In {2} the {0} {1} is called {3}.",
+)
+"""Words and names of the text stand for all but the last place."""
+
+
+def recall_documents(text: Sequence[str], *, seed: int = 0) -> Iterator[Document]:
+    """Yield documents whose lines are those of `text`, statements between them; the shortest documents come first."""
+    spared = [document for document in text if not falls_below(hash_text(document), rate=MAYBE_HELD_OUT)]
+    lines = [line.strip() for document in spared for line in document.splitlines() if len(line.split()) > 2]
+    words = sorted({word for line in lines for word in line.split() if word.isalpha() and word.islower()})
+    names = sorted({word for line in lines for word in line.split()[1:] if word.isalpha() and word.istitle()})
+    for octave in range(OCTAVES):
+        characters = SHORTEST * 2**octave
+        for number in range(CHARACTERS_OF_AN_OCTAVE // characters):
+            random = Random(f"{seed} {octave} {number}")
+            text_lines = _recalling(random, lines=lines, words=words, names=names, characters=characters)
+            yield Document(name=f"recall#{characters}-{number}", text="\n".join(text_lines))
+
+
+def _recalling(
+    random: Random, *, lines: list[str], words: list[str], names: list[str], characters: int
+) -> Iterator[str]:
+    """Yield the lines of one document."""
+    # A few words and names for each document, so that many statements begin alike and differ in one place.
+    words, names = random.sample(words, 12), random.sample(names, 6)
+    at = random.randrange(len(lines))
+    again: list[tuple[int, str]] = []  # by the character at which they are due
+    written = 0
+    stated: set[str] = set()
+    while written < characters:
+        if again and again[0][0] <= written:
+            line = heappop(again)[1]
+        elif random.random() < STATED_SHARE:
+            beginning, line = _statement(random, words=words, names=names)
+            if beginning in stated:
+                continue
+            stated.add(beginning)
+            distance = 60 * (characters / 60) ** random.random()
+            heappush(again, (written + round(distance), line))
+        else:
+            line = lines[at % len(lines)]
+            at += 1
+        yield line
+        written += len(line) + 1
+
+
+def _statement(random: Random, *, words: list[str], names: list[str]) -> tuple[str, str]:
+    """Return the first words of a statement, and the whole of it."""
+    value = random.choice(VALUES)(random, words)
+    thing, other, name = random.choice(words), random.choice(words), random.choice(names)
+    pattern = random.choice(PATTERNS)
+    line = pattern.format(thing, other, name, value)
+    return line.removesuffix(f"{value}."), line
+
+
+def _number(random: Random, words: Sequence[str]) -> str:  # noqa: ARG001
+    return str(random.randrange(10 ** random.randrange(2, 6), 10**6))
+
+
+def _words(random: Random, words: Sequence[str]) -> str:
+    return " ".join(random.choice(words) for _ in range(random.randrange(1, 5)))
+
+
+VALUES: tuple[Callable[[Random, Sequence[str]], str], ...] = (_number, _number, _words)
