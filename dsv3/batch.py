@@ -23,10 +23,15 @@ IGNORE = -100
 class SharedRows(Protocol):
     """Rows of which the tokens of a batch are pieces, the others being on other ranks (context parallelism)."""
 
-    row_of_token: Int[Tensor, " token"]
-    """Which row each token belongs to."""
-    not_last: Int[Tensor, " kept"]
-    """Indices of the tokens here that are not the last of their row."""
+    @property
+    def row_of_token(self) -> Int[Tensor, " token"]:
+        """Which row each token belongs to."""
+        ...
+
+    @property
+    def not_last(self) -> Int[Tensor, " kept"]:
+        """Indices of the tokens here that are not the last of their row."""
+        ...
 
     @property
     def row_lengths(self) -> tuple[int, ...]:

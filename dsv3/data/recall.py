@@ -21,8 +21,12 @@ CHARACTERS_OF_AN_OCTAVE = 800_000
 MAYBE_HELD_OUT = 0.1
 """Text whose hash falls below this may be held out of its own source, and is left out here: a rate of a tenth or less
 never trains on what it holds out."""
-STATED_SHARE = 0.5
-"""Of the lines, so many state something, for the first time or again."""
+NEAREST = 60
+"""Characters from a statement to the next time that it is made, at least."""
+NEW_SHARE = 0.4
+"""Of the lines that repeat nothing, so many state something; the others are lines of the text."""
+AGAIN_SHARE = 0.75
+"""So many statements are made once more, after each time."""
 PATTERNS = (
     "The {} {} of {} is {}.",
     "The {1} of {2} is {3}.",
@@ -55,22 +59,24 @@ def _recalling(
     # A few words and names for each document, so that many statements begin alike and differ in one place.
     words, names = random.sample(words, 12), random.sample(names, 6)
     at = random.randrange(len(lines))
-    again: list[tuple[int, str]] = []  # by the character at which they are due
+    due: list[tuple[int, str]] = []  # by the character at which they are to be made again
     written = 0
     stated: set[str] = set()
     while written < characters:
-        if again and again[0][0] <= written:
-            line = heappop(again)[1]
-        elif random.random() < STATED_SHARE:
+        again = 1.0
+        if due and due[0][0] <= written:
+            line, again = heappop(due)[1], AGAIN_SHARE
+        elif random.random() < NEW_SHARE:
             beginning, line = _statement(random, words=words, names=names)
             if beginning in stated:
                 continue
             stated.add(beginning)
-            distance = 60 * (characters / 60) ** random.random()
-            heappush(again, (written + round(distance), line))
         else:
-            line = lines[at % len(lines)]
+            line, again = lines[at % len(lines)], 0.0
             at += 1
+        if random.random() < again:
+            distance = NEAREST * (characters / NEAREST) ** random.random()
+            heappush(due, (written + round(distance), line))
         yield line
         written += len(line) + 1
 

@@ -19,7 +19,7 @@ from dsv3.infer.packed_model import PackedModel
 from dsv3.infer.runner import States
 from dsv3.native import engine
 from dsv3.ops.norm import rms_norm
-from dsv3.ops.rope import rope_frequencies, rotation_at
+from dsv3.ops.rope import rope_amplitude, rope_frequencies, rotation_at
 
 _SLACK = 256
 """Numbers after the last page that whole vectors may reach into."""
@@ -139,7 +139,7 @@ class PackedRunner:
             table = rotation_at(
                 torch.arange(max(2 * needed, _FEWEST_ANGLES)),
                 frequencies=self._frequencies,
-                yarn=self.config.rope_scaling,
+                amplitude=rope_amplitude(self.config),
             )
             self._cos, self._sin = table.cos.contiguous(), table.sin.contiguous()
         return self._cos.index_select(0, positions), self._sin.index_select(0, positions)

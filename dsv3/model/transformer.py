@@ -27,7 +27,7 @@ from dsv3.model.mtp import MtpModule
 from dsv3.model.precision import ORIGINAL, Precision
 from dsv3.model.router import Router
 from dsv3.model.stored_fp8 import precision_of_stored
-from dsv3.ops.rope import Rotation, rope_frequencies, rotation_at
+from dsv3.ops.rope import Rotation, rope_amplitude, rope_frequencies, rotation_at
 
 
 class Transformer(nn.Module):
@@ -39,6 +39,10 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.frequencies = rope_frequencies(config)
+        """Angle per position of each pair of the rope part."""
+        self.amplitude = rope_amplitude(config)
+        """Of the rotation."""
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             MoeBlock(config, layer=layer) if config.is_moe_layer(layer) else DenseBlock(config, layer=layer)
@@ -277,9 +281,9 @@ class Transformer(nn.Module):
                 router.e_score_correction_bias.zero_()
 
     def _rotation(self, batch: TokenBatch) -> Rotation:
-        frequencies = rope_frequencies(self.config).to(batch.positions.device)
         positions = batch.positions if batch.shared is None else batch.shared.key_positions
-        return rotation_at(positions, frequencies=frequencies, yarn=self.config.rope_scaling)
+        frequencies = self.frequencies.to(positions.device)
+        return rotation_at(positions, frequencies=frequencies, amplitude=self.amplitude)
 
 
 class Embedding(nn.Module):

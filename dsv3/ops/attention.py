@@ -128,8 +128,9 @@ def causal_attention(
 ) -> Float[Tensor, "token head v"]:
     """Attend from each token to itself and the tokens before it in its own sequence.
 
-    Sequences lie end to end and are `lengths` long; with `key_lengths`, that is how many of the last tokens ask. Scores are never held: values are padded to the width of the keys,
-    because torch's fused kernels on CPU ask for equal widths (here v is narrower) and fall back to a T x T matrix.
+    Sequences lie end to end and are `lengths` long; with `key_lengths`, that is how many of the last tokens ask. Scores
+    are never held: values are padded to the width of the keys, because torch's fused kernels on CPU ask for equal
+    widths (here v is narrower) and fall back to a T x T matrix.
     """
     width = value.shape[-1]
     padded = F.pad(value, (0, query.shape[-1] - width)) if width < query.shape[-1] else value

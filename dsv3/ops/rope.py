@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dsv3.config import ModelConfig, YarnConfig
+from dsv3.config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +30,13 @@ def rope_frequencies(config: ModelConfig) -> Float[Tensor, " pair"]:
     """Return the angle per position of each pair, in FP32: theta_k, or YaRN's mixture of theta_k and theta_k / s."""
     dim = config.qk_rope_head_dim
     # FP32 throughout, as the published code has it: at position 163,839 a frequency that is one bit off turns by 0.01.
-    frequencies = 1.0 / (config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    # On the CPU even where a model without memory is made: they are no weights.
+    steps = torch.arange(dim // 2, dtype=torch.float32, device="cpu")
+    frequencies = 1.0 / (config.rope_theta ** (2 * steps / dim))
     if config.rope_scaling is None:
         return frequencies
     low, high = yarn_correction_range(config)
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    ramp = ((steps - low) / (high - low)).clamp(0, 1)
     return frequencies * (1 - ramp) + frequencies / config.rope_scaling.factor * ramp
 
 
@@ -70,16 +72,19 @@ def softmax_scale(config: ModelConfig) -> float:
     return scale * yarn_mscale(factor=yarn.factor, weight=yarn.mscale_all_dim) ** 2
 
 
-def rotation_at(
-    positions: Int[Tensor, " token"], *, frequencies: Float[Tensor, " pair"], yarn: YarnConfig | None
-) -> Rotation:
-    """Return cosine and sine of `position * frequency`, in FP32."""
+def rope_amplitude(config: ModelConfig) -> float:
+    """Return what multiplies cos and sin: under YaRN the ratio of both mscales, which published settings make 1."""
+    yarn = config.rope_scaling
+    if yarn is None:
+        return 1.0
+    return yarn_mscale(factor=yarn.factor, weight=yarn.mscale) / yarn_mscale(
+        factor=yarn.factor, weight=yarn.mscale_all_dim
+    )
+
+
+def rotation_at(positions: Int[Tensor, " token"], *, frequencies: Float[Tensor, " pair"], amplitude: float) -> Rotation:
+    """Return cosine and sine of `position * frequency`, in FP32, times `amplitude`."""
     angles = positions.to(torch.float32)[:, None] * frequencies[None, :]
-    amplitude = 1.0
-    if yarn is not None:
-        amplitude = yarn_mscale(factor=yarn.factor, weight=yarn.mscale) / yarn_mscale(
-            factor=yarn.factor, weight=yarn.mscale_all_dim
-        )
     return Rotation(cos=angles.cos() * amplitude, sin=angles.sin() * amplitude)
 
 

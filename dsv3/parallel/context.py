@@ -131,9 +131,7 @@ class PiecesOfRows:
     def _places(self, rank: int) -> Int[Tensor, " token"]:
         """Return where the tokens of a rank lie in the rows, end to end."""
         starts: Sequence[int] = self.rows.starts.tolist()
-        return torch.cat(
-            [torch.arange(places.start, places.stop) + starts[row] for row, places in self._pieces(rank)]
-        )
+        return torch.cat([torch.arange(places.start, places.stop) + starts[row] for row, places in self._pieces(rank)])
 
     @cached_property
     def _own_places(self) -> Int[Tensor, " token"]:

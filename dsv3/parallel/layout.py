@@ -54,8 +54,8 @@ class Layout:
         """Find it.
 
         Raises:
-            ConfigError: the ranks do not divide into pipelines and groups of `config.expert` or `config.context`, or the
-                experts or layers do not divide over them.
+            ConfigError: the ranks do not divide into pipelines and groups of `config.expert` or `config.context`, or
+                the experts or layers do not divide over them.
         """
         num_experts = model.n_routed_experts
         self.rank, self.size = dist.get_rank(), dist.get_world_size()

@@ -1,8 +1,9 @@
 """The ranks that train together, and what they tell each other in a step.
 
 Ranks of one pipeline read the same rows and each does its stages of them; all others read different rows, or different
-tokens of them where ranks share rows. Routed experts are dealt out over the expert axis, consecutive ones to each rank. Gradients are summed over all ranks that hold
-the same weights, always in FP32; the loss is already divided by what all ranks have (report 3.2, 4.2).
+tokens of them where ranks share rows. Routed experts are dealt out over the expert axis, consecutive ones to each rank.
+Gradients are summed over all ranks that hold the same weights, always in FP32; the loss is already divided by what all
+ranks have (report 3.2, 4.2).
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence

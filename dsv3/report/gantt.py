@@ -2,15 +2,12 @@
 
 from pathlib import Path
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from dsv3.errors import ConfigError
 from dsv3.plan.pipeline import Action, Kind
 from dsv3.plan.simulate import Span, Timeline
+from dsv3.report.picture import picture
 
 COLOURS = {
     Kind.FORWARD: ("#f4b183", "#fbe0cc"),
@@ -37,8 +34,7 @@ def draw_timeline(timeline: Timeline, *, file: Path) -> None:
     """
     schedule = timeline.schedule
     width = min(40.0, max(8.0, 0.16 * timeline.duration / _shortest(timeline)))
-    with rc_context({"font.size": 8, "font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=(width, 0.9 + 0.34 * schedule.num_ranks), layout="constrained")
+    with picture(file, width=width, height=0.9 + 0.34 * schedule.num_ranks, dpi=120) as figure:
         axes = figure.add_subplot()
         is_labelled = sum(len(step) for steps in schedule.steps for step in steps) <= LARGEST_LABELLED
         for rank, spans in enumerate(timeline.spans):
@@ -77,11 +73,6 @@ def draw_timeline(timeline: Timeline, *, file: Path) -> None:
             loc="right",
             fontsize=9,
         )
-        FigureCanvasAgg(figure)
-        try:
-            figure.savefig(file, dpi=120, format="png")
-        except OSError as error:
-            raise ConfigError(f"the picture cannot be written to {file}: {error.strerror}") from error
 
 
 def _draw_box(axes: Axes, span: Span, *, action: Action, rank: int, place: int, timeline: Timeline) -> None:

@@ -2,16 +2,18 @@
 
 from pathlib import Path
 
-from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
-from dsv3.errors import ConfigError
 from dsv3.evals.needle import NeedleResult
+from dsv3.report.picture import picture
 
 COLOURS = LinearSegmentedColormap.from_list("found", ["#b2182b", "#f7f7f7", "#4393c3"])
 """From none to all, apart for eyes that do not tell red from green."""
+LEAST_HEIGHT = 2.4
+"""Inches, so that the scale beside the grid can be read."""
 
 
 def draw_needles(result: NeedleResult, *, file: Path, title: str) -> None:
@@ -20,24 +22,31 @@ def draw_needles(result: NeedleResult, *, file: Path, title: str) -> None:
     Raises:
         ConfigError: the file cannot be written.
     """
+    width, height = size_of(result)
+    with picture(file, width=width, height=height) as figure:
+        axes = figure.add_subplot()
+        image = draw_grid(axes, result)
+        axes.set_title(f"{title}: {result.score:.1%} found")
+        draw_scale(figure, image)
+
+
+def size_of(result: NeedleResult) -> tuple[float, float]:
+    """Return the inches that a grid takes with its labels."""
+    return 2.2 + 0.42 * len(result.lengths), max(LEAST_HEIGHT, 1.6 + 0.26 * len(result.depths))
+
+
+def draw_grid(axes: Axes, result: NeedleResult) -> AxesImage:
+    """Draw the grid on axes of a figure."""
     scores = {(cell.length, cell.depth): cell.score for cell in result.cells}
     grid = [[scores[length, depth] for length in result.lengths] for depth in result.depths]
-    with rc_context({"font.size": 8, "font.family": "DejaVu Sans"}):
-        figure = Figure(
-            figsize=(1.8 + 0.42 * len(result.lengths), 1.6 + 0.26 * len(result.depths)), layout="constrained"
-        )
-        axes = figure.add_subplot()
-        image = axes.imshow(grid, cmap=COLOURS, vmin=0, vmax=1, aspect="auto")
-        axes.set_xticks(
-            range(len(result.lengths)), [f"{length:,}" for length in result.lengths], rotation=45, ha="right"
-        )
-        axes.set_yticks(range(len(result.depths)), [f"{depth:.0%}" for depth in result.depths])
-        axes.set_xlabel("tokens")
-        axes.set_ylabel("depth of the needle")
-        axes.set_title(f"{title}: {result.score:.1%} found")
-        figure.colorbar(image, ax=axes, label="share of the needles that were found")
-        FigureCanvasAgg(figure)
-        try:
-            figure.savefig(file, format="png", dpi=150)
-        except OSError as error:
-            raise ConfigError(f"the picture cannot be written to {file}: {error.strerror or error}") from error
+    image = axes.imshow(grid, cmap=COLOURS, vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(result.lengths)), [f"{length:,}" for length in result.lengths], rotation=45, ha="right")
+    axes.set_yticks(range(len(result.depths)), [f"{depth:.0%}" for depth in result.depths])
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("depth of the needle")
+    return image
+
+
+def draw_scale(figure: Figure, image: AxesImage) -> None:
+    """Say beside grids what their colours mean."""
+    figure.colorbar(image, ax=figure.axes, label="needles found", format="{x:.0%}")

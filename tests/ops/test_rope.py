@@ -7,6 +7,7 @@ import torch
 
 from dsv3.config import ModelConfig, YarnConfig
 from dsv3.ops.rope import (
+    rope_amplitude,
     rope_frequencies,
     rotate,
     rotation_at,
@@ -43,7 +44,7 @@ def test_rotation_is_multiplication_by_a_unit_complex_number_of_adjacent_dims():
     x = torch.randn(5, 3, 64, dtype=torch.float64)
     positions = torch.tensor([0, 1, 7, 4095, 163_839])
     frequencies = rope_frequencies(V3)
-    turned = rotate(x, rotation=rotation_at(positions, frequencies=frequencies, yarn=V3.rope_scaling))
+    turned = rotate(x, rotation=rotation_at(positions, frequencies=frequencies, amplitude=1.0))
     angles = (positions[:, None].float() * frequencies).double()
     unit = torch.polar(torch.ones_like(angles), angles)
     expected = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * unit[:, None, :]).flatten(-2)
@@ -54,7 +55,7 @@ def test_interleaved_scores_equal_half_split_scores():
     """Permuting the dims of query and key alike, as implementations with halves do, leaves the scores as they are."""
     query, key = torch.randn(2, 4, 1, 64, dtype=torch.float64)
     positions = torch.tensor([0, 3, 9, 4000])
-    rotation = rotation_at(positions, frequencies=rope_frequencies(V3), yarn=V3.rope_scaling)
+    rotation = rotation_at(positions, frequencies=rope_frequencies(V3), amplitude=rope_amplitude(V3))
     scores = rotate(query, rotation=rotation)[:, 0] @ rotate(key, rotation=rotation)[:, 0].T
 
     cos, sin = (x.double().repeat(1, 2) for x in (rotation.cos, rotation.sin))
@@ -73,9 +74,7 @@ def test_scores_depend_on_the_distance_alone():
 
     def score(at_query, at_key):
         def turned(x, position):
-            rotation = rotation_at(
-                torch.tensor([position]), frequencies=rope_frequencies(config), yarn=config.rope_scaling
-            )
+            rotation = rotation_at(torch.tensor([position]), frequencies=rope_frequencies(config), amplitude=1.0)
             return rotate(x, rotation=rotation)[0, 0]
 
         return (turned(query, at_query) @ turned(key, at_key)).item()
@@ -85,6 +84,7 @@ def test_scores_depend_on_the_distance_alone():
 
 def test_unequal_mscales_scale_cos_and_sin():
     yarn = YarnConfig(mscale=1.0, mscale_all_dim=0.0)
-    rotation = rotation_at(torch.tensor([0]), frequencies=rope_frequencies(V3), yarn=yarn)
-    assert rotation.cos[0, 0].item() == pytest.approx(0.1 * math.log(40) + 1)
+    assert rope_amplitude(ModelConfig(rope_scaling=yarn)) == pytest.approx(0.1 * math.log(40) + 1)
+    rotation = rotation_at(torch.tensor([0]), frequencies=rope_frequencies(V3), amplitude=1.5)
+    assert rotation.cos[0, 0].item() == 1.5
     assert softmax_scale(ModelConfig(rope_scaling=yarn)) == pytest.approx(192**-0.5)
