@@ -15,6 +15,10 @@ from dsv3 import native
 from dsv3.ops.rope import Rotation, rotate
 
 
+SCORES_AT_ONCE = 1 << 24
+"""Numbers of one matrix of scores, where scores are held at all: 64 MB in FP32, whatever the context."""
+
+
 def expanded_attention(
     query: Float[Tensor, "token head qk"],
     *,
@@ -182,10 +186,20 @@ def latent_attention(
     """Attend from the tokens of one sequence to its cached latents: one key/value head shared by all query heads.
 
     Token at position p sees cache rows 0..p, so several tokens may follow a cached prefix (chunked prefill, or the
-    verification of drafts). Softmax in at least FP32.
+    verification of drafts). Softmax in at least FP32. Scores are held of so many tokens at a time as fit in
+    `SCORES_AT_ONCE`.
 
     Source: the absorbed form of eq. 1-10: q~ = W_UK^T q, score = scale * (q~ . c + q_R . k_R), o~ = sum p c.
     """
+    at_once = max(1, SCORES_AT_ONCE // max(1, query_latent.shape[1] * latent.shape[0]))
+    if len(query_latent) > at_once:
+        parts = zip(query_latent.split(at_once), query_rope.split(at_once), positions.split(at_once), strict=True)
+        return torch.cat(
+            [
+                latent_attention(q, query_rope=r, latent=latent, rope_key=rope_key, positions=p, scale=scale)
+                for q, r, p in parts
+            ]
+        )
     scores = torch.einsum("thc,sc->ths", query_latent, latent) + torch.einsum("thr,sr->ths", query_rope, rope_key)
     past = torch.arange(latent.shape[0], device=positions.device)
     hidden_from = past[None, None, :] > positions[:, None, None]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from dsv3.evals.positions import PositionLoss
 from dsv3.report.picture import picture
@@ -45,8 +45,7 @@ def draw_curves(axes: Axes, results: Sequence[PositionLoss], *, trained: int = 0
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_ylim(0.9 * best, min(1.1 * worst, HIGHEST * best))
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(FixedLocator([low * (high / low) ** (step / 5) for step in range(1, 5)]))
+    axes.yaxis.set_major_locator(LogLocator(subs=range(1, 10)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
@@ -57,4 +56,4 @@ def draw_curves(axes: Axes, results: Sequence[PositionLoss], *, trained: int = 0
     axes.set_xlabel("position, in tokens")
     axes.set_ylabel("perplexity")
     if len(results) > 1:
-        axes.legend(frameon=False, loc="lower left")
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -44,3 +44,21 @@ def test_latent_attention_over_a_prefix_equals_one_shared_head_of_plain_attentio
             scale=0.3,
         )
         torch.testing.assert_close(output, expected[first:])
+
+
+def test_latent_attention_holds_the_scores_of_few_tokens_at_a_time(monkeypatch):
+    given = {
+        "query_rope": torch.randn(9, 3, 4),
+        "latent": torch.randn(20, 8),
+        "rope_key": torch.randn(20, 4),
+        "positions": torch.arange(11, 20),
+        "scale": 0.3,
+    }
+    query = torch.randn(9, 3, 8)
+    whole = latent_attention(query, **given)
+    sizes = []
+    einsum = torch.einsum
+    monkeypatch.setattr(torch, "einsum", lambda *args: sizes.append((made := einsum(*args)).numel()) or made)
+    monkeypatch.setattr("dsv3.ops.attention.SCORES_AT_ONCE", 150)
+    torch.testing.assert_close(latent_attention(query, **given), whole)
+    assert max(sizes) <= 150
