@@ -72,6 +72,8 @@ class BatchConfig:
     micro_batch_sequences: int = 1
     """Sequences of one forward and backward pass; gradients accumulate over the rest. Changes memory, not results (but
     for which tokens share a scale in FP8)."""
+    long_documents_first: bool = False
+    """Whether rows that one document fills are drawn before any of several short ones, in each epoch of a source."""
 
     def __post_init__(self) -> None:
         require_positive(

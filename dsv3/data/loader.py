@@ -50,13 +50,26 @@ class _PackedShard:
     packing: Packing
 
 
-class _SourceRows:
-    """The rows of one source: shards one after the other, each packed by itself."""
+@dataclass(frozen=True, kw_only=True)
+class RowCounts:
+    """Rows of one source."""
 
-    def __init__(self, folder: Path, *, vocab_size: int, sequence_length: int) -> None:
+    rows: int
+    long: int
+    """Those that one document fills."""
+
+
+class _SourceRows:
+    """The rows of one source: shards one after the other, each packed by itself.
+
+    With `long_first` the rows that one document fills come before all others, those of all shards.
+    """
+
+    def __init__(self, folder: Path, *, vocab_size: int, sequence_length: int, long_first: bool = False) -> None:
         self.folder = folder
         self.vocab_size = vocab_size
         self.sequence_length = sequence_length
+        self.long_first = long_first
         self._open: OrderedDict[int, _PackedShard] = OrderedDict()
 
     @cached_property
@@ -64,26 +77,54 @@ class _SourceRows:
         return list(shard_files(self.folder))
 
     @cached_property
-    def last_rows(self) -> list[int]:
-        """Number of rows up to and including each shard."""
+    def shard_rows(self) -> list[RowCounts]:
+        """Rows of each shard."""
         packings = (packed_rows(Shard(file, vocab_size=self.vocab_size), self.sequence_length) for file in self.files)
-        return list(accumulate(packing.num_rows for packing in packings))
+        return [
+            RowCounts(rows=packing.num_rows, long=packing.num_long(self.sequence_length + 1)) for packing in packings
+        ]
 
-    @property
-    def num_rows(self) -> int:
-        return self.last_rows[-1] if self.last_rows else 0
+    @cached_property
+    def counts(self) -> RowCounts:
+        """Of all shards."""
+        return RowCounts(
+            rows=sum(shard.rows for shard in self.shard_rows), long=sum(shard.long for shard in self.shard_rows)
+        )
+
+    @cached_property
+    def parts(self) -> list[int]:
+        """Rows that are shuffled among themselves."""
+        counts = self.counts
+        return [part for part in (counts.long, counts.rows - counts.long) if part] if self.long_first else [counts.rows]
+
+    @cached_property
+    def _stretches(self) -> list[tuple[int, range]]:
+        """Consecutive rows within a shard, in the order in which they are counted here."""
+        whole = [(shard, range(counts.rows)) for shard, counts in enumerate(self.shard_rows)]
+        if not self.long_first:
+            return whole
+        ends = [counts.long for counts in self.shard_rows]
+        return [(shard, rows[: ends[shard]]) for shard, rows in whole] + [
+            (shard, rows[ends[shard] :]) for shard, rows in whole
+        ]
+
+    @cached_property
+    def _last_rows(self) -> list[int]:
+        """Number of rows up to and including each stretch."""
+        return list(accumulate(len(rows) for _, rows in self._stretches))
 
     def find(self, row: int) -> tuple[_PackedShard, Int[ndarray, "piece 3"]]:
         """Return the shard that holds a row of this source, and the pieces of the row."""
-        place = bisect_right(self.last_rows, row)
-        if place not in self._open:
-            shard = Shard(self.files[place], vocab_size=self.vocab_size)
-            self._open[place] = _PackedShard(shard=shard, packing=packed_rows(shard, self.sequence_length))
+        place = bisect_right(self._last_rows, row)
+        shard, rows = self._stretches[place]
+        if shard not in self._open:
+            opened = Shard(self.files[shard], vocab_size=self.vocab_size)
+            self._open[shard] = _PackedShard(shard=opened, packing=packed_rows(opened, self.sequence_length))
             if len(self._open) > MAX_OPEN_SHARDS:
                 self._open.popitem(last=False)
-        self._open.move_to_end(place)
-        packed = self._open[place]
-        return packed, packed.packing.row(row - (self.last_rows[place - 1] if place else 0))
+        self._open.move_to_end(shard)
+        packed = self._open[shard]
+        return packed, packed.packing.row(rows[row - (self._last_rows[place - 1] if place else 0)])
 
 
 class RowLoader:
@@ -102,19 +143,24 @@ class RowLoader:
         self.seed = seed
         self.sources = prepared.sources
         self._rows = [
-            _SourceRows(prepared.source_folder(source), vocab_size=prepared.vocab_size, sequence_length=sequence_length)
+            _SourceRows(
+                prepared.source_folder(source),
+                vocab_size=prepared.vocab_size,
+                sequence_length=sequence_length,
+                long_first=config.batch.long_documents_first,
+            )
             for source in prepared.sources
         ]
         self._mixture = Mixture(source_weights(prepared, config=config), seed=seed)
         for source, rows in zip(self.sources, self._rows, strict=True):
-            if not rows.num_rows:
+            if not rows.counts.rows:
                 raise DataError(f"the corpus at {prepared.folder} has no rows of '{source.name}'; prepare it again")
         self._pad_id = prepared.tokenizer().pad_id
 
     @property
     def rows_per_epoch(self) -> dict[str, int]:
         """Rows of each source; it begins again, in another order, when they have all been used."""
-        return {source.name: rows.num_rows for source, rows in zip(self.sources, self._rows, strict=True)}
+        return {source.name: rows.counts.rows for source, rows in zip(self.sources, self._rows, strict=True)}
 
     def rows(self, start: int, *, count: int, rank: int = 0, world_size: int = 1) -> Int[Tensor, "row length_plus_one"]:
         """Return this rank's share of rows `start` to `start + count`: every `world_size`-th from `start + rank` on.
@@ -154,9 +200,28 @@ class RowLoader:
     def _source_row(self, index: int) -> tuple[int, int]:
         """Return the source of a training row, and the row of that source: shuffled anew for each epoch."""
         source, drawn = self._mixture.locate(index)
-        count = self._rows[source].num_rows
-        epoch, place = divmod(drawn, count)
-        return source, permuted(place, count=count, key=hash_parts("order", self.seed, source, epoch))
+        rows = self._rows[source]
+        epoch, place = divmod(drawn, rows.counts.rows)
+        first = 0
+        for count in rows.parts:
+            if place < first + count:
+                break
+            first += count
+        return source, first + permuted(place - first, count=count, key=hash_parts("order", self.seed, source, epoch))
+
+
+def count_rows(prepared: PreparedCorpus, *, sequence_length: int) -> dict[str, RowCounts]:
+    """Return the rows of each source, and how many of them one document fills.
+
+    Raises:
+        DataError: a file of the corpus is missing or damaged.
+    """
+    return {
+        source.name: _SourceRows(
+            prepared.source_folder(source), vocab_size=prepared.vocab_size, sequence_length=sequence_length
+        ).counts
+        for source in prepared.sources
+    }
 
 
 def to_batch(rows: Int[Tensor, "row length_plus_one"], *, pad_id: int) -> TokenBatch:

@@ -29,6 +29,10 @@ class Packing:
         """Rows."""
         return len(self.row_starts) - 1
 
+    def num_long(self, capacity: int) -> int:
+        """Return how many rows of `capacity` tokens one document fills; they come before all others."""
+        return int((self.pieces[self.row_starts[:-1], 2] == capacity).sum())
+
     def row(self, index: int) -> Int[ndarray, "piece 3"]:
         """Return the pieces of one row."""
         return self.pieces[self.row_starts[index] : self.row_starts[index + 1]]

@@ -14,7 +14,6 @@ from torch.nn.attention.bias import causal_lower_right
 from dsv3 import native
 from dsv3.ops.rope import Rotation, rotate
 
-
 SCORES_AT_ONCE = 1 << 24
 """Numbers of one matrix of scores, where scores are held at all: 64 MB in FP32, whatever the context."""
 

@@ -3,7 +3,8 @@
 Published: 4K to 32K in 1,000 steps of 1,920 rows, then to 128K in 1,000 steps of 480, so that a step has as many tokens
 as the last ones of pre-training; a learning rate of 7.3e-6 throughout, which is where pre-training ends; YaRN with
 s = 40, alpha = 1, beta = 32 and sqrt(t) = 0.1 ln s + 1 in both phases. Whether the optimizer's moments are carried over
-is not published: they begin anew here, with the first steps of each phase at a rising rate.
+is not published: they begin anew here, with the first steps of each phase at a rising rate. Nor is the text of
+both phases: here it is the run's own, rows that one document fills before all others.
 """
 
 from collections.abc import Sequence
@@ -79,6 +80,7 @@ def _phase(config: PretrainConfig, *, length: int, rows: int, steps: int, rate: 
             start_sequences=rows,
             final_sequences=rows,
             ramp_tokens=0,
+            long_documents_first=True,
             multiple_of=rows,
             # As many tokens at a time as before, or one row.
             micro_batch_sequences=max(1, config.batch.micro_batch_sequences * config.batch.sequence_length // length),

@@ -14,8 +14,8 @@ from jinja2 import Environment
 
 from dsv3.config import ModelConfig, PretrainConfig
 from dsv3.config.files import from_dict
-from dsv3.data.loader import source_weights
-from dsv3.errors import ConfigError
+from dsv3.data.loader import count_rows, source_weights
+from dsv3.errors import ConfigError, Dsv3Error
 from dsv3.plan.counts import count_parameters
 from dsv3.report import figures
 from dsv3.report.charts import heat_legend, short_number
@@ -306,11 +306,18 @@ def corpus(record: RunRecord) -> dict[str, Any] | None:
         if source.duplicates
     ]
     remarks += [(f"{source.name}: absent", source.reason) for source in record.corpus.absent]
+    filled = rows_of_one_document(record)
     return {
         "words": (
             f"{byte_size(num_bytes)} of text from {kinds}, {short_number(num_tokens)} tokens. Held-out documents are "
             "chosen by a hash of their text and never trained on. More bytes per token means that the tokenizer knows "
             "a source better; the last column is how often each source comes up in training."
+        ),
+        "rows_words": (
+            "Each row of training has text of one source. Those that one document fills come first, then rows of "
+            "several shorter ones, laid end to end."
+            if record.config.get("batch", {}).get("long_documents_first")
+            else ""
         ),
         "rows": [
             {
@@ -320,6 +327,7 @@ def corpus(record: RunRecord) -> dict[str, Any] | None:
                 "tokens": short_number(source.tokens),
                 "bytes_per_token": f"{source.bytes / source.tokens:.2f}" if source.tokens else "–",
                 "held_out": f"{source.held_out_documents:,}",
+                "filled": filled.get(source.name, "–"),
                 "share": 100 * share,
                 "share_text": f"{100 * share:.1f} %",
             }
@@ -327,6 +335,16 @@ def corpus(record: RunRecord) -> dict[str, Any] | None:
         ],
         "remarks": remarks[:MAX_REMARKS],
     }
+
+
+def rows_of_one_document(record: RunRecord) -> dict[str, str]:
+    """Return for each source how many of its rows one document fills, of how many; nothing where nobody can tell."""
+    assert record.corpus is not None
+    try:
+        counts = count_rows(record.corpus, sequence_length=record.config["batch"]["sequence_length"])
+    except (Dsv3Error, OSError, KeyError, TypeError):
+        return {}
+    return {name: f"{found.long:,} of {found.rows:,}" for name, found in counts.items()}
 
 
 def row_shares(record: RunRecord) -> list[float]:

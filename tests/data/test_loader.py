@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dsv3.batch import IGNORE
 from dsv3.config import DataConfig
 from dsv3.data import loader as loader_module
-from dsv3.data.loader import FILLER, RowLoader, to_batch
+from dsv3.data.loader import FILLER, RowLoader, count_rows, to_batch
 from dsv3.data.shards import Shard, shard_files
 from dsv3.errors import ConfigError, DataError
 
@@ -194,3 +194,20 @@ def test_a_corpus_without_its_shards_is_an_error(prepared_run, tmp_path):
     prepared, config = prepared_run
     with pytest.raises(DataError, match="has no rows of 'rivers'"):
         RowLoader(replace(prepared, folder=tmp_path), config=config, sequence_length=32, seed=0)
+
+
+def test_rows_of_one_document_come_first_in_every_epoch_where_that_is_asked_for(prepared_run):
+    prepared, config = prepared_run
+    config = replace(config, batch=replace(config.batch, long_documents_first=True))
+    length = 24
+    loader = RowLoader(prepared, config=config, sequence_length=length, seed=0)
+    counts = count_rows(prepared, sequence_length=length)
+    assert {name: found.rows for name, found in counts.items()} == loader.rows_per_epoch
+    for name, found in counts.items():
+        assert 0 < found.long < found.rows
+        places = [row for row in range(8 * found.rows) if loader.locate(row)[0].source == name][: 2 * found.rows]
+        filled = [loader.locate(row)[0].length == length + 1 for row in places]
+        assert filled == 2 * ([True] * found.long + [False] * (found.rows - found.long))
+    rows = all_rows_of(loader, "hills", count=loader.rows_per_epoch["hills"])
+    usual = RowLoader(prepared, config=prepared_run[1], sequence_length=length, seed=0)
+    assert sorted(rows.tolist()) == sorted(all_rows_of(usual, "hills", count=usual.rows_per_epoch["hills"]).tolist())
