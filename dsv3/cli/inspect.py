@@ -13,7 +13,7 @@ from dsv3.config.files import read_config, read_json, to_dict
 from dsv3.config.override import apply_overrides
 from dsv3.config.published import model_config_from_published
 from dsv3.errors import ConfigError
-from dsv3.plan.activations import activation_memory
+from dsv3.plan.activations import activation_memory, kept_of_row
 from dsv3.plan.counts import (
     ParameterCounts,
     count_parameters,
@@ -135,6 +135,7 @@ def examine(subject: Subject, *, context: int | None) -> dict[str, Any]:
             "sequence_length": length,
             "training": training_flops_per_token(model, sequence_length=length),
             "training_not_causal": training_flops_per_token_not_causal(model, sequence_length=length),
+            "training_at_context": training_flops_per_token(model, sequence_length=context),
             "training_mtp": mtp_training_flops_per_token(model, sequence_length=length),
             "prefill_of_context": prefill_flops_per_token(model, context=context),
             "decode_at_context": decode_flops_per_token(model, context=context),
@@ -152,7 +153,7 @@ def examine(subject: Subject, *, context: int | None) -> dict[str, Any]:
             for dtype in ("float32", "bfloat16")
             for memory in [training_memory(subject.run, dtype=dtype)]
         }
-        findings["activation_bytes"] = _activations(subject.run)
+        findings["activation_bytes"] = _activations(subject.run, context=context)
         findings["schedule"] = schedule(subject.run)
         findings["settings"] = to_dict(subject.run)
     else:
@@ -194,13 +195,16 @@ def schedule(config: PretrainConfig) -> dict[str, Any]:
     }
 
 
-def _activations(config: PretrainConfig) -> dict[str, Any]:
+def _activations(config: PretrainConfig, *, context: int) -> dict[str, Any]:
     kept = activation_memory(config)
     tokens = config.batch.micro_batch_sequences * config.batch.sequence_length
     return asdict(kept) | {
         "per_token": kept.per_token,
         "micro_batch_tokens": tokens,
         "of_micro_batch": tokens * kept.per_token + kept.per_pass,
+        "row_tokens": context,
+        "row_ranks": config.parallel.context,
+        "of_row": kept_of_row(config, tokens=context),
     }
 
 
@@ -289,6 +293,7 @@ def _cost_table(findings: dict[str, Any]) -> Any:
     table.add_row(f"  of {context} tokens", _size(cache["bytes_of_context"]), end_section=True)
     table.add_row(f"training FLOPs per token at {length} (causal)", _amount(flops["training"]))
     table.add_row("  counting masked scores too", _amount(flops["training_not_causal"]))
+    table.add_row(f"  at {context}", _amount(flops["training_at_context"]))
     if flops["training_mtp"]:
         table.add_row("  MTP on top", _amount(flops["training_mtp"]))
     table.add_row(f"prefill FLOPs per token, mean over {context}", _amount(flops["prefill_of_context"]))
@@ -331,6 +336,9 @@ def _activation_table(findings: dict[str, Any]) -> Any:
     table.add_row("all", f"{kept['per_token']:,} B", style="bold")
     table.add_row("besides, in each pass: gradients of the head", _size(kept["per_pass"]))
     table.add_row(f"a micro-batch of {kept['micro_batch_tokens']:,} tokens", _size(kept["of_micro_batch"]))
+    ranks = kept["row_ranks"]
+    shared = f", on each of {ranks} ranks" if ranks > 1 else ""
+    table.add_row(f"a row of {kept['row_tokens']:,} tokens{shared}", _size(kept["of_row"]))
     again = [name.replace("_", "-") for name, chosen in recompute.items() if chosen]
     table.caption = f"made again in the backward pass: {', '.join(again) or 'nothing'} (recompute.*)"
     table.caption_justify = "left"

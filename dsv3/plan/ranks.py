@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from dsv3.config import ModelConfig, PretrainConfig
 from dsv3.errors import ConfigError
-from dsv3.plan.activations import activation_memory
+from dsv3.plan.activations import activation_memory, kept_of_shared_rows
 from dsv3.plan.counts import layer_counts
 from dsv3.plan.pipeline import Kind, Schedule
 from dsv3.plan.simulate import ChunkCosts, Timeline, simulate
@@ -211,11 +211,6 @@ def _stage_activations(config: PretrainConfig, *, stages: Stages, stage: int) ->
         num_nextn_predict_layers=model.num_nextn_predict_layers if is_last else 0,
     )
     kept = activation_memory(replace(config, model=part))
-    tokens, context = config.batch.micro_batch_sequences * config.batch.sequence_length, config.parallel.context
-    of_others = 0
-    if context > 1:  # what attention looks at: of the whole rows, and of one of both pieces once more
-        numbers = model.kv_lora_rank + model.qk_rope_head_dim
-        if not config.recompute.up_projections:
-            numbers += model.num_attention_heads * (model.qk_nope_head_dim + model.v_head_dim)
-        of_others = 4 * len(layers) * numbers * (tokens - tokens // (2 * context))
-    return kept.per_token * (tokens // context) + of_others + (kept.per_pass if is_last else 0)
+    tokens = config.batch.micro_batch_sequences * config.batch.sequence_length
+    shared = kept_of_shared_rows(config, tokens=tokens, num_layers=len(layers))
+    return kept.per_token * (tokens // config.parallel.context) + shared + (kept.per_pass if is_last else 0)

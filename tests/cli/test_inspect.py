@@ -65,6 +65,9 @@ def test_a_set_is_obeyed(capsys):
 def test_the_context_is_obeyed_or_refused(capsys):
     found = findings("tiny", "--context", "100", capsys=capsys)
     assert found["cache"]["bytes_of_context"] == 100 * 3 * (32 + 16) * 2
+    kept = found["activation_bytes"]
+    assert kept["of_row"] == 100 * kept["per_token"] + kept["per_pass"]
+    assert found["flops_per_token"]["training_at_context"] < found["flops_per_token"]["training"]
     with pytest.raises(ConfigError, match=r"a context of 4097 was asked for, but model.max_position_embeddings = 4096"):
         examine(find_subject("tiny", assignments=[]), context=4097)
 
@@ -160,6 +163,15 @@ def test_against_the_report_the_published_recipe_stands_as_published(capsys):
 def test_a_comparison_with_anything_else_is_refused():
     with pytest.raises(ConfigError, match="settings can be compared with 'report'"):
         compare(find_subject("tiny", assignments=[]), against="paper")
+
+
+def test_ranks_that_share_a_row_keep_its_latents_and_a_part_of_everything_else(capsys):
+    alone = findings("v3_671b", "--context", "131072", capsys=capsys)["activation_bytes"]
+    shared = findings("v3_671b", "--context", "131072", "--set", "parallel.context=8", capsys=capsys)[
+        "activation_bytes"
+    ]
+    others = 62 * (512 + 64) * 4 * (131_072 - 131_072 // 16)  # latents and rope keys, FP32, of 61 layers and one of MTP
+    assert shared["of_row"] - alone["per_pass"] == (alone["of_row"] - alone["per_pass"]) // 8 + others
 
 
 def test_the_context_beside_a_comparison_is_refused_rather_than_ignored():
