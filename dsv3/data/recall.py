@@ -26,7 +26,7 @@ NEAREST = 60
 NEW_SHARE = 0.4
 """Of the lines that repeat nothing, so many state something; the others are lines of the text."""
 LIST_SHARE = 0.5
-"""Of the statements, so many are no sentence but a list of any words of the text: nothing but memory helps there."""
+"""Of the statements, so many are no sentence but a list of words: nothing but memory helps there."""
 AGAIN_SHARE = 0.75
 """So many statements are made once more, after each time."""
 PATTERNS = (
@@ -59,7 +59,7 @@ def _recalling(
 ) -> Iterator[str]:
     """Yield the lines of one document."""
     # A few words and names for each document, so that many statements begin alike and differ in one place.
-    few_words, names = random.sample(words, 12), random.sample(names, 6)
+    words, names = random.sample(words, 24), random.sample(names, 6)
     at = random.randrange(len(lines))
     due: list[tuple[int, str]] = []  # by the character at which they are to be made again
     written = 0
@@ -72,7 +72,7 @@ def _recalling(
             if random.random() < LIST_SHARE:
                 beginning = line = " ".join(random.choice(words) for _ in range(random.randrange(3, 13)))
             else:
-                beginning, line = _statement(random, words=few_words, names=names)
+                beginning, line = _statement(random, words=words[:12], names=names)
             if beginning in stated:
                 continue
             stated.add(beginning)

