@@ -198,22 +198,26 @@ Vector scores_of(const float* query, int64_t query_row, const float* keys, int64
   return sums_of(totals);
 }
 
-// Attends from `heads` heads of one token to its past; `output` is head x PANELs of latent, `query` has zeros at its ends.
+constexpr int64_t ROWS_TOGETHER = 32;  // heads of all tokens that meet a page together
+
+// Attends from heads of tokens to their past; `output` is head x PANELs of latent, `query` has zeros at its ends.
 struct Attention {
   int64_t latent, width, page_tokens;
   float scale;
   std::vector<float> scores, top, total;
 
-  void run(const float* query, int64_t query_row, int64_t heads, const float* layer, const int64_t* pages, int64_t past,
-           float* output, int64_t output_row) {
-    const int64_t padded = round_up(heads, HEADS), key_row = width, room = round_up(page_tokens, WIDTH);
+  // Rows are heads of consecutive tokens, `heads` of each; the first token sees `past` entries, each next one more.
+  // What a row gets does not depend on the rows beside it.
+  void run(const float* query, int64_t query_row, int64_t heads, int64_t tokens, const float* layer, const int64_t* pages,
+           int64_t past, float* output, int64_t output_row) {
+    const int64_t rows = heads * tokens, padded = round_up(rows, HEADS), key_row = width, room = round_up(page_tokens, WIDTH);
     scores.resize(padded * room);
     top.assign(padded, -INFINITY);
     total.assign(padded, 0.0f);
-    for (int64_t h = 0; h < heads; ++h) std::fill_n(output + h * output_row, round_up(latent, PANEL), 0.0f);
-    for (int64_t first = 0; first < past; first += page_tokens) {
+    for (int64_t h = 0; h < rows; ++h) std::fill_n(output + h * output_row, round_up(latent, PANEL), 0.0f);
+    for (int64_t first = 0; first < past + tokens - 1; first += page_tokens) {
       const float* page = layer + pages[first / page_tokens] * page_tokens * width;
-      const int64_t count = std::min(page_tokens, past - first);
+      const int64_t count = std::min(page_tokens, past + tokens - 1 - first);
       for (int64_t near = 0; near < count; near += KEYS_NEAR)
         for (int64_t h = 0; h < padded; h += HEADS)
           for (int64_t key = near; key < std::min(near + KEYS_NEAR, count); key += KEYS) {
@@ -221,10 +225,14 @@ struct Attention {
             for (int64_t i = 0; i < HEADS; ++i)
               std::memcpy(&scores[(h + i) * room + key], reinterpret_cast<const float*>(&tile) + i * KEYS, KEYS * sizeof(float));
           }
-      for (int64_t h = 0; h < heads; ++h) weigh(&scores[h * room], count, h, output + h * output_row);
-      row_of_tiles_in_strips(heads, room, page, key_row, count, output, output_row);
+      for (int64_t h = 0; h < rows; ++h) {
+        const int64_t seen = std::clamp<int64_t>(past + h / heads - first, 0, count);
+        if (seen) weigh(&scores[h * room], seen, h, output + h * output_row);
+        std::fill(&scores[h * room + seen], &scores[h * room + count], 0.0f);
+      }
+      row_of_tiles_in_strips(rows, room, page, key_row, count, output, output_row);
     }
-    for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t h = 0; h < rows; ++h) {
       const Vector share = all(1.0f / total[h]);
       for (int64_t i = 0; i < round_up(latent, PANEL); i += WIDTH)
         store(output + h * output_row + i, load(output + h * output_row + i) * share);
@@ -453,14 +461,22 @@ class Forward {
     product_of_heads(step, room, layer.key_up, nope_, absorbed_.x, heads * absorbed_.stride, absorbed_.stride);
     const int64_t parts = std::max<int64_t>(1, std::min(heads / HEADS, div_up(team_.threads(), pass_.tokens)));
     const int64_t share = round_up(div_up(heads, parts), HEADS), pieces = div_up(heads, share);
-    // Later tokens have the longer past, so they go first.
-    team_.each(step, pass_.tokens * pieces, 1, [&](int64_t piece) {
-      const int64_t t = pass_.tokens - 1 - piece / pieces, head = piece % pieces * share, count = std::min(share, heads - head);
-      const int64_t row = t * heads + head;
-      attention.run(absorbed_.x + row * absorbed_.stride, absorbed_.stride, count, cache,
-                    pass_.pages + pass_.page_starts[space_.sequence_of[t]], pass_.positions[t] + 1,
-                    attended_.x + row * attended_.stride, attended_.stride);
-      for (int64_t h = 0; h < count; ++h) quantise(attended_, row + h, model_.latent);
+    // Later tokens have the longer past, so they go first. Few heads leave room for those of further tokens beside them.
+    const int64_t together = pieces > 1 ? 1 : std::max<int64_t>(1, ROWS_TOGETHER / heads);
+    team_.each(step, div_up(pass_.tokens, together) * pieces, 1, [&](int64_t piece) {
+      const int64_t group = div_up(pass_.tokens, together) - 1 - piece / pieces;
+      const int64_t head = piece % pieces * share, count = std::min(share, heads - head);
+      const int64_t end = std::min(pass_.tokens, (group + 1) * together);
+      for (int64_t t = group * together; t < end;) {
+        int64_t next = t + 1;
+        while (next < end && space_.sequence_of[next] == space_.sequence_of[t]) ++next;
+        const int64_t row = t * heads + head;
+        attention.run(absorbed_.x + row * absorbed_.stride, absorbed_.stride, count, next - t, cache,
+                      pass_.pages + pass_.page_starts[space_.sequence_of[t]], pass_.positions[t] + 1,
+                      attended_.x + row * attended_.stride, attended_.stride);
+        for (int64_t h = 0; h < (next - t) * count; ++h) quantise(attended_, row + h, model_.latent);
+        t = next;
+      }
     });
     product_of_heads(step, room, layer.value_up, attended_, values_.x, values_.stride, model_.value);
     if (values_.values) each_token(step, [&](int64_t t) { quantise(values_, t, heads * model_.value); });
