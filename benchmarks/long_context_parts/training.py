@@ -30,9 +30,7 @@ def config_of(tokens: int) -> PretrainConfig:
     return replace(
         base,
         model=replace(base.model, max_position_embeddings=tokens),
-        batch=BatchConfig(
-            sequence_length=tokens, start_sequences=1, final_sequences=1, ramp_tokens=0, multiple_of=1
-        ),
+        batch=BatchConfig(sequence_length=tokens, start_sequences=1, final_sequences=1, ramp_tokens=0, multiple_of=1),
         optim=replace(base.optim, ema_decay=0.0),
         recompute=RecomputeConfig(),
     )
@@ -62,9 +60,7 @@ def attention_seconds(config: PretrainConfig, *, tokens: int) -> float:
     width = model.qk_nope_head_dim + model.v_head_dim
     key_value = torch.randn(tokens, model.num_attention_heads, width, requires_grad=True)
     rope_key = torch.randn(tokens, model.qk_rope_head_dim, requires_grad=True)
-    rotation = rotation_at(
-        torch.arange(tokens), frequencies=rope_frequencies(model), amplitude=rope_amplitude(model)
-    )
+    rotation = rotation_at(torch.arange(tokens), frequencies=rope_frequencies(model), amplitude=rope_amplitude(model))
 
     def once() -> None:
         output = expanded_attention(

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from dsv3.data.prepared import PreparedCorpus
 
 RECIPE = "tiny"
+LENGTHENING_STEPS = 5
+"""Of each phase: seconds, and enough to see."""
+ROWS_COMPARED = 4
+"""Long rows that are read before and after."""
 CLOSING_TOKENS = 120
 CLOSING_TEMPERATURE = 0.8
 CLOSING_PROMPTS = ("In the beginning", "def")
@@ -40,8 +44,8 @@ def quickstart(
 ) -> None:
     """Train a small DeepSeek-V3 from text in minutes, and report on it.
 
-    Builds a corpus, trains a tokenizer, pre-trains recipe `tiny`, scores it beside baselines, samples from it and
-    writes report.html. Stopped by Ctrl-C or a crash, the same command goes on where it was.
+    Builds a corpus, trains a tokenizer, pre-trains recipe `tiny`, scores it beside baselines, lengthens its context,
+    samples from it and writes report.html. Stopped by Ctrl-C or a crash, the same command goes on where it was.
     """
     from rich.console import Console
 
@@ -86,6 +90,12 @@ def quickstart_stages(config: "PretrainConfig", *, folder: Path, progress: "Prog
             title="Evaluation beside the baselines",
             run=lambda: score(config, folder=folder, progress=progress),
             is_done=(folder / "evaluation.json").exists,
+        ),
+        Stage(
+            name="extend",
+            title="Longer context, with YaRN",
+            run=lambda: lengthen(config, folder=folder, progress=progress),
+            is_done=(folder / "extension.json").exists,
         ),
         Stage(
             name="sample",
@@ -157,6 +167,39 @@ def score(config: "PretrainConfig", *, folder: Path, progress: "Progress") -> st
     write_json(evaluation.as_dict(), path=folder / "evaluation.json")
     marks = [f"{score.name} {score.bits_per_byte:.2f}" for score in evaluation.baselines if score.name != "xz-alone"]
     return f"{evaluation.model.bits_per_byte:.2f} bits per byte ({', '.join(marks)})"
+
+
+def lengthen(config: "PretrainConfig", *, folder: Path, progress: "Progress") -> str:
+    """Train on over rows eight and 32 times as long, a few steps each, and see how far the model reads then."""
+    from dataclasses import replace
+
+    from dsv3.cli.extend import phase_settings
+    from dsv3.evals.extension import compare_phases
+    from dsv3.recipes.extension import extension
+    from dsv3.train.loop import pretrain
+
+    phases = [
+        # They are too short to be watched; what came of them is measured after the last one.
+        replace(phase, evaluation=replace(phase.evaluation, max_tokens=1, sample_prompts=()))
+        for phase in extension(config, steps=LENGTHENING_STEPS)
+    ]
+    settings = phase_settings(folder, phases=phases, assignments=[])
+    for place, phase in enumerate(settings):
+        progress.count(f"rows of {phase.config.batch.sequence_length:,} tokens", place, len(settings))
+        if pretrain(phase.config, folder=phase.folder).interrupted:
+            raise KeyboardInterrupt
+    curves = compare_phases(
+        folder,
+        phases=[phase.folder for phase in settings],
+        rows=ROWS_COMPARED,
+        device=config.runtime.device,
+        progress=progress.count,
+    )
+    lengths = " and ".join(f"{phase.config.batch.sequence_length:,}" for phase in settings)
+    if not curves:
+        return f"rows of {lengths} tokens; too little held-out text to compare on"
+    before, after = (curves[place].perplexity[-1] for place in (0, -1))
+    return f"rows of {lengths} tokens; perplexity at their end {after:,.0f}, and {before:,.0f} before"
 
 
 def draw_samples(config: "PretrainConfig", *, folder: Path, progress: "Progress") -> str:

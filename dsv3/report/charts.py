@@ -84,9 +84,10 @@ def line_chart(
     levels: Sequence[Level] = (),
     y_limits: tuple[float | None, float | None] = (None, None),
     is_logarithmic: bool = False,
+    x_is_logarithmic: bool = False,
     is_half: bool = False,
 ) -> Chart:
-    """Draw a chart of lines over training steps.
+    """Draw a chart of lines, over training steps unless `x_label` says otherwise.
 
     `name` must differ between the charts of a page: the parts of an SVG refer to one another by names that all
     pictures share. `is_half` makes the wide picture fit beside another one.
@@ -102,6 +103,11 @@ def line_chart(
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
             axes.yaxis.set_minor_formatter(NullFormatter())
+        if x_is_logarithmic:
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_locator(LogLocator(base=2, numticks=6 if width < 480 else 12))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
         axes.set_ylim(bottom=y_limits[0], top=y_limits[1])
         draw_levels(axes, levels, height=height)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from dsv3.report.charts import (
     Line,
     heat_image,
     line_chart,
+    short_number,
     smooth,
 )
 from dsv3.report.record import Entry, RunRecord, number, numbers
@@ -333,3 +335,39 @@ def spread(count: int, *, at_most: int) -> list[int]:
     if count <= at_most:
         return list(range(count))
     return [round(place * (count - 1) / (at_most - 1)) for place in range(at_most)]
+
+
+def position_picture(record: RunRecord) -> Picture | None:
+    """Perplexity at each distance from the beginning of a text, before and after the context was lengthened."""
+    curves = record.extension.get("curves")
+    lines = [
+        Line(
+            x=[(begin + end) / 2 for begin, end in pairwise(numbers(curve.get("edges")))],
+            y=numbers(curve.get("perplexity")),
+            label=str(curve.get("name", "")),
+            colour=f"series-{place % NUM_COLOURS}",
+        )
+        for place, curve in enumerate(curves if isinstance(curves, list) else [])
+        if isinstance(curve, dict)
+    ]
+    lines = [line for line in lines if has_values(list(line.y)) and len(line.x) == len(line.y)]
+    if not lines:
+        return None
+    trained = short_number(number(record.extension.get("trained")))
+    lengths = " and ".join(short_number(length) for length in numbers(record.extension.get("lengths")))
+    return Picture(
+        title="Perplexity by position in a long text",
+        look_for=(
+            f"Pre-training has shown the model rows of {trained} tokens, so its curve should rise beyond them. The "
+            f"extension has trained on over rows of {lengths} tokens with YaRN; its curves should stay as low as they "
+            "were, or fall further, to the end. All have read the same held-out rows."
+        ),
+        chart=line_chart(
+            lines,
+            name="positions",
+            y_label="perplexity",
+            x_label="position, in tokens",
+            is_logarithmic=True,
+            x_is_logarithmic=True,
+        ),
+    )

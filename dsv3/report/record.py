@@ -33,6 +33,8 @@ class RunRecord:
     corpus: PreparedCorpus | None
     evaluation: dict[str, Any]
     """What `dsv3 evaluate` or the quickstart wrote to evaluation.json; empty when it has not run."""
+    extension: dict[str, Any]
+    """What `dsv3 extend` or the quickstart wrote to extension.json; empty when the context has not been lengthened."""
     notes: tuple[str, ...]
     """Sentences on what is missing or unreadable."""
 
@@ -83,6 +85,9 @@ def read_run(folder: Path) -> RunRecord:
         evaluation = read_object(folder / "evaluation.json", notes=notes, what="the evaluation")
     else:
         notes.append("The model has not been compared with the baselines yet (evaluation.json).")
+    extension: dict[str, Any] = {}
+    if (folder / "extension.json").exists():
+        extension = read_object(folder / "extension.json", notes=notes, what="the extension of the context")
     closing = read_lines(folder / "samples.jsonl", notes=None)
     by_kind: dict[str, list[Entry]] = {}
     for entry in entries:
@@ -97,6 +102,7 @@ def read_run(folder: Path) -> RunRecord:
         samples=distinct(by_kind.get("sample", []) + [entry for entry in closing if "text" in entry]),
         corpus=read_corpus(folder / "corpus", notes=notes),
         evaluation=evaluation,
+        extension=extension,
         notes=tuple(notes),
     )
 

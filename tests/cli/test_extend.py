@@ -62,6 +62,8 @@ def test_a_run_is_extended_in_two_phases_and_taken_up_where_it_was_stopped(finis
     capsys.readouterr()
     assert status("extend", finished, "--lengths", "64,96", "--steps", "2", "--set", "snapshot.every_steps=1") == 0
     assert begun == []  # nothing was trained again
+    found = json.loads((finished / "extension.json").read_text())
+    assert (found["trained"], found["lengths"]) == (32, [64, 96])
     assert "finished after 2 steps" in capsys.readouterr().out
 
 

@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 
 import pytest
@@ -12,9 +13,11 @@ from dsv3.cli.quickstart import quickstart
 from dsv3.config.files import read_config
 from dsv3.data.prepared import load_prepared
 from dsv3.errors import ConfigError
-from dsv3.evals.comparison import rows_read
+from dsv3.evals.comparison import ScoredText, rows_read
 from dsv3.evals.evaluation import held_out_text, last_step, tokens_read, training_rows
+from dsv3.evals.extension import compare_phases
 from dsv3.infer.loaded import load
+from dsv3.report import write_report
 from dsv3.train.validation import read_held_out, validate
 
 SMALL = [
@@ -79,7 +82,7 @@ def without_times(entries):
 
 def test_a_quickstart_leaves_a_model_an_evaluation_samples_and_a_report(finished):
     stages = json.loads((finished / "stages.json").read_text())
-    assert list(stages["done"]) == ["corpus", "pretrain", "evaluate", "sample", "report"]
+    assert list(stages["done"]) == ["corpus", "pretrain", "evaluate", "extend", "sample", "report"]
     assert load(finished).generate("The sea ", max_tokens=3, temperature=0.0)
     closing = read_lines(finished / "samples.jsonl")[-1]
     assert closing["prompt"] == "The sea "
@@ -87,6 +90,34 @@ def test_a_quickstart_leaves_a_model_an_evaluation_samples_and_a_report(finished
     page = (finished / "report.html").read_text()
     assert "Kneser-Ney" in page
     assert "not finished" not in page
+    assert "Perplexity by position in a long text" in page
+
+
+def test_a_quickstart_lengthens_the_context_in_two_phases(finished):
+    found = json.loads((finished / "extension.json").read_text())
+    assert (found["trained"], found["lengths"]) == (32, [256, 1024])
+    assert [curve["name"] for curve in found["curves"]] == [
+        "before: rows of 32 tokens",
+        "after rows of 256 tokens",
+        "after rows of 1,024 tokens",
+    ]
+    assert {curve["edges"][-1] for curve in found["curves"]} == {1024}
+    last = load(finished / "extended-1024")
+    assert last.trained_length == 1024
+    assert last.config.rope_scaling.original_max_position_embeddings == 32
+
+
+def test_text_too_short_to_compare_on_is_no_reason_to_stop(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "dsv3.evals.extension.held_out_text",
+        lambda *_, **__: ScoredText(documents={"notes": [[0, 5, 6], [0, 7]]}, content={"notes": b"..."}),
+    )
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, symlinks=True)
+    phases = [run / "extended-256", run / "extended-1024"]
+    assert compare_phases(run, phases=phases, rows=4, device="cpu") == []
+    assert json.loads((run / "extension.json").read_text())["curves"] == []
+    assert "Perplexity by position" not in write_report(run).read_text()
 
 
 def test_the_evaluation_agrees_with_the_validation_of_training(finished):
@@ -132,7 +163,7 @@ def test_the_same_command_again_does_nothing_and_says_so(finished, texts, capsys
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     quickstart(run=finished, data=[str(texts)], assignments=SMALL)
     out = capsys.readouterr().out
-    assert out.count("was done before") == 5
+    assert out.count("was done before") == 6
     assert f"dsv3 chat {finished}" in out
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
 
