@@ -4,6 +4,7 @@ Each step leaves files that appear whole, so that an interrupted preparation goe
 finished, and the marker that makes the folder a corpus is written last.
 """
 
+import copy
 import errno
 import json
 import re
@@ -111,10 +112,12 @@ def corpus_settings(config: PretrainConfig) -> dict[str, Any]:
 
 
 def _check_same_settings(corpus: PreparedCorpus, *, settings: dict[str, Any], is_shared: bool) -> None:
-    found = dict(corpus.settings)
-    if is_shared:  # with a longer run, which has read as much of a stream as that one needed
-        found.pop("total_tokens", None)
-        settings.pop("total_tokens", None)
+    found = copy.deepcopy(corpus.settings)
+    for one in (found, settings):
+        for source in one["data"]["sources"]:
+            source.pop("weight", None)  # It says how rows are drawn, which another run may do otherwise.
+        if is_shared:  # with a longer run, which has read as much of a stream as that one needed
+            one.pop("total_tokens", None)
     if found == settings:
         return
     differences = "; ".join(_differences(found, settings, prefix=""))

