@@ -198,6 +198,7 @@ LEFT_OPEN: dict[str, str] = {
     "model.mtp_concat_order": "eq. 21 puts the hidden state first, the released weights the embedding; ours is theirs",
     "model.mtp_hidden_source": "whether h^0 is taken after the final norm; serving engines do",
     "model.routed_scaling_factor": "in the published config.json, not in the report",
+    "batch.long_documents_first": "which text the context was extended on; dsv3 extend turns it on",
     "data.boundary_split_rate": "the share of combined tokens that are split",
     "data.fim_rate": "published; where documents are cut is not: two uniform cuts between characters",
     "optim.epsilon": "the customary value",

@@ -6,7 +6,7 @@ import pytest
 
 from dsv3.data.chance import falls_below, hash_text
 from dsv3.data.document import ReadingLog
-from dsv3.data.recall import MAYBE_HELD_OUT, NEAREST, SHORTEST, recall_documents
+from dsv3.data.recall import CYCLE_WORDS, MAYBE_HELD_OUT, NEAREST, SHORTEST, cycle_documents, recall_documents
 from dsv3.data.sources import AbsentSourceError, read_recall
 
 TEXT = [
@@ -90,3 +90,18 @@ def test_without_the_bible_the_text_is_the_standard_librarys(monkeypatch):
     assert next(read_recall(log)).text
     [remark] = log.changed_remarks()
     assert "standard library" in remark.reason
+
+
+def test_cycles_say_one_list_again_and_again():
+    with_numbers = 0
+    for document, _ in zip(cycle_documents(TEXT), range(200), strict=False):
+        words = document.text.split()
+        [period] = [
+            length
+            for length in range(CYCLE_WORDS[0], CYCLE_WORDS[1] + 1)
+            if all(word == words[place % length] for place, word in enumerate(words))
+        ][:1]
+        assert len(words) % period == 0
+        assert len(words) // period >= 4
+        with_numbers += any(word.isdigit() for word in words)
+    assert with_numbers > 100
