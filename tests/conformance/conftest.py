@@ -126,8 +126,8 @@ def watch_attention(model: Transformer, batch: TokenBatch) -> list[SeenAttention
     cores: list[dict[str, object]] = []
     notes: list[dict[str, np.ndarray]] = [{} for _ in modules]
 
-    def core(query, *, key, value, lengths, scale):
-        heads = original(query, key=key, value=value, lengths=lengths, scale=scale)
+    def core(query, *, key, value, scale, **lengths):
+        heads = original(query, key=key, value=value, scale=scale, **lengths)
         cores.append({"query": query, "key": key, "value": value, "heads": heads, "scale": scale})
         return heads
 

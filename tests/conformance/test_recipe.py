@@ -78,6 +78,7 @@ OURS = {
     "optim.epsilon": 1e-8,
     "optim.ema_decay": 0.999,
     "data.boundary_split_rate": 0.1,
+    "batch.long_documents_first": False,
     "model.mtp_concat_order": "embedding_first",
     "model.mtp_hidden_source": "post_norm",
 }
