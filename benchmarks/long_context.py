@@ -1,6 +1,6 @@
 """Claim: a small model, trained here, reads 64 times as far as its pre-training did, and nothing grows too fast.
 
-A model of 2 layers learns to look back from lists of words that go round and round, is pre-trained on rows of 128
+A model of 3 layers learns to look back from lists of words that go round and round, is pre-trained on rows of 128
 tokens of real text and of documents of recall (`builtin://recall`), and is extended as by `dsv3 extend` to 1,024 and
 8,192 tokens, on two cores; `runs/long_context` keeps it, and a call that was stopped goes on. Needles of three kinds,
 in words that no document of recall has, are then hidden in held-out text at 15 depths of 15 lengths up to 8,192 tokens,
@@ -58,10 +58,11 @@ PICTURES = Path(__file__).parents[1] / "docs" / "long-context"
 SOURCES = ("cycles", "recall", "bible", "shakespeare", "stdlib")
 TOKENIZER_WEIGHTS = (0.3, 0.4, 0.1, 0.1, 0.1)
 CYCLES_WEIGHTS = (0.96, 0.01, 0.01, 0.01, 0.01)
-BASE_WEIGHTS = (0.15, 0.5, 0.12, 0.12, 0.11)
-CYCLES_TOKENS, BASE_TOKENS = 6_000_000, 12_000_000
+BASE_WEIGHTS = (0.15, 0.6, 0.09, 0.09, 0.07)
+CYCLES_TOKENS, BASE_TOKENS = 6_000_000, 18_000_000
+CYCLES_RATE, BASE_RATE = 3e-3, 2e-3
 TRAINED, LENGTHS = 128, (1024, 8192)
-EXTENSION_STEPS, EXTENSION_RATE = 150, 1e-3
+EXTENSION_STEPS, EXTENSION_RATE = 250, 1e-3
 GRID = 15
 NEEDLES_TARGET = 0.95
 ROWS = 32
@@ -99,6 +100,7 @@ def config_for(name: str, *, quick: bool) -> PretrainConfig:
     tokens = 400_000 if quick else BASE_TOKENS if is_base else CYCLES_TOKENS
     length, rows = (TRAINED, 48) if is_base else (TRAINED // 2, 64)
     start, scaled = tiny(), milestones(tokens)
+    rate = learning_rate(BASE_RATE if is_base else CYCLES_RATE, total_tokens=tokens, warmup_steps=50)
     weights = BASE_WEIGHTS if is_base else CYCLES_WEIGHTS
     return replace(
         start,
@@ -107,7 +109,7 @@ def config_for(name: str, *, quick: bool) -> PretrainConfig:
         model=replace(
             start.model,
             vocab_size=1024,
-            num_hidden_layers=2,
+            num_hidden_layers=3,
             kv_lora_rank=64,
             intermediate_size=256,
             n_routed_experts=8,
@@ -124,7 +126,7 @@ def config_for(name: str, *, quick: bool) -> PretrainConfig:
             multiple_of=rows,
             micro_batch_sequences=rows,
         ),
-        optim=OptimConfig(learning_rate=learning_rate(3e-3, total_tokens=tokens, warmup_steps=50), ema_decay=0.995),
+        optim=OptimConfig(learning_rate=rate, ema_decay=0.995),
         balance=BalanceConfig(bias_update_speed=2e-3, bias_freeze_tokens=scaled.bias_freeze_tokens),
         evaluation=EvaluationConfig(every_steps=500, max_tokens=20_000),
     )
