@@ -12,7 +12,7 @@ from dsv3.report.picture import picture
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's, which eyes of every kind tell apart."""
 HIGHEST = 4.0
-"""Perplexities above this many times the best one run out of the picture: how bad they are matters no more."""
+"""Perplexities above this many times the best one may run out of the picture, but no curve as a whole."""
 
 
 def draw_positions(results: Sequence[PositionLoss], *, file: Path, title: str, trained: int = 0) -> None:
@@ -42,9 +42,10 @@ def draw_curves(axes: Axes, results: Sequence[PositionLoss], *, trained: int = 0
         )
     best = min(min(result.perplexity) for result in results)
     worst = max(max(result.perplexity) for result in results)
+    shown = max([HIGHEST * best] + [1.2 * min(result.perplexity) for result in results])
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_ylim(0.9 * best, min(1.1 * worst, HIGHEST * best))
+    axes.set_ylim(0.9 * best, min(1.1 * worst, shown))
     axes.yaxis.set_major_locator(LogLocator(subs=range(1, 10)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
