@@ -79,7 +79,7 @@ def main() -> None:
         pictures.mkdir(parents=True, exist_ok=True)
         grids, curves = read(base, phases=phases, pictures=pictures, grid=3 if options.quick else GRID)
         steps = {tokens: in_own_process("training", tokens) for tokens in STEP_LENGTHS[: 2 if options.quick else None]}
-        served = in_own_process("serving", 8192 if options.quick else SERVED, scratch)
+        served = in_own_process("serving", 8192 if options.quick else SERVED, Path(scratch) / "model")
     show(grids, steps=steps, served=served)
     report(
         claims_of(grids, steps=steps, served=served),
@@ -190,7 +190,7 @@ def read(
 
 def in_own_process(part: str, *given: object) -> dict[str, Any]:
     command = [sys.executable, "-m", f"long_context_parts.{part}", *map(str, given)]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parent)
     found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     return found
 
