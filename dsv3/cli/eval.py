@@ -56,16 +56,17 @@ def needle(
 
     An answer counts if it is the hidden one, word for word. The text should be none that the model was trained on.
     """
+    from dsv3.cli.evaluate import run_to_read
     from dsv3.evals.needle import find_needles, grid_of
     from dsv3.infer.loaded import load
     from dsv3.runtime.device import set_threads
 
-    _require_text(model, data=data)
+    run = run_to_read(model, paths=data or [])
     set_threads(threads)
     loaded = load(model, weights=weights, device=device)
     length = longest or loaded.config.max_position_embeddings
     grid_of(length, size=grid)  # before text is read
-    documents = _text(model, data=data, tokenizer=loaded.tokenizer, tokens=4 * length)
+    documents = _text(run, data=data, tokenizer=loaded.tokenizer, tokens=4 * length)
     haystack = [token for texts in documents.values() for document in texts for token in document[1:]]
     result = find_needles(loaded, haystack=haystack, longest=length, kinds=tuple(kinds.split(",")), size=grid)
     if picture is not None:
@@ -101,12 +102,13 @@ def positions(
     It falls as long as a model gains from what it has read, and jumps where it can read no further. With --scalings,
     positions beyond those of training are shown to the same weights in several ways.
     """
+    from dsv3.cli.evaluate import run_to_read
     from dsv3.evals.positions import loss_by_position, whole_rows
     from dsv3.evals.scaling import scale_positions
     from dsv3.infer.loaded import load
     from dsv3.runtime.device import set_threads
 
-    _require_text(model, data=data)
+    run = run_to_read(model, paths=data or [])
     if trained is not None and not scalings:
         raise ConfigError("--trained says what --scalings scale from; give both, or neither")
     set_threads(threads)
@@ -116,7 +118,7 @@ def positions(
     trained, length = trained or known, longest or loaded.config.max_position_embeddings
     if length > loaded.config.max_position_embeddings and not scalings:
         raise ConfigError(f"{length} tokens, and {model} has {loaded.config.max_position_embeddings} positions")
-    documents = _text(model, data=data, tokenizer=loaded.tokenizer, tokens=2 * rows * length)
+    documents = _text(run, data=data, tokenizer=loaded.tokenizer, tokens=2 * rows * length)
     read = whole_rows(documents, length=length, most=rows)
     if not scalings:
         results = [loss_by_position(loaded.model, rows=read, name=str(model))]
@@ -136,28 +138,18 @@ def positions(
     )
 
 
-def _require_text(model: Path, *, data: list[str] | None) -> None:
-    """Refuse a model without text of its own where none is given."""
-    from dsv3.infer.model_folder import find_model
-
-    if not data and find_model(model).run is None:
-        raise ConfigError(f"{model} is not a run folder and so has no held-out text; give text with --data PATH")
-
-
 def _text(
-    model: Path, *, data: list[str] | None, tokenizer: "Tokenizer", tokens: int
+    run: Path | None, *, data: list[str] | None, tokenizer: "Tokenizer", tokens: int
 ) -> "Mapping[str, Sequence[list[int]]]":
     """Return documents by source, of files, or what a run has held out; about so many tokens."""
     from dsv3.cli.evaluate import text_of
     from dsv3.config.files import read_config
     from dsv3.data.prepared import load_prepared
     from dsv3.evals.evaluation import held_out_text
-    from dsv3.infer.model_folder import find_model
 
     if data:
         return text_of(data, tokenizer=tokenizer, max_tokens=tokens).documents
-    run = find_model(model).run
-    assert run is not None
+    assert run is not None, "run_to_read refuses a model without text"
     most = max(read_config(run / "config.json").evaluation.max_tokens, tokens)
     return held_out_text(load_prepared(run / "corpus"), max_tokens=most).documents
 

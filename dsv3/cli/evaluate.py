@@ -63,14 +63,11 @@ def evaluate(
     from dsv3.evals.evaluation import evaluate as score_all
     from dsv3.evals.evaluation import held_out_text, tokens_read, training_rows
     from dsv3.infer.loaded import load
-    from dsv3.infer.model_folder import find_model
     from dsv3.runtime.atomic import write_json
     from dsv3.runtime.device import set_threads
 
-    run = find_model(model).run
     paths = [*(data or []), *(more_data or [])]
-    if not paths and run is None:
-        raise ConfigError(f"{model} is not a run folder and so has no held-out text; give text with --data PATH")
+    run = run_to_read(model, paths=paths)
     set_threads(threads)
     # As a rule the model that trains is scored, which tells how it loads its experts; a format as it would be served.
     loaded = load(model, weights=weights, device=device, plain=weights == "auto")
@@ -95,6 +92,20 @@ def evaluate(
     if run is not None and not paths and baselines and max_tokens is None and window is None and weights == "auto":
         write_json(found.as_dict(), path=run / "evaluation.json")
     typer.echo(json.dumps(found.as_dict(), ensure_ascii=False) if as_json else table(found))
+
+
+def run_to_read(model: Path, *, paths: list[str]) -> Path | None:
+    """Return the run that a model is of, or None where there is none and other text is given.
+
+    Raises:
+        ConfigError: there is no text: it is of no run, and none is given.
+    """
+    from dsv3.infer.model_folder import find_model
+
+    run = find_model(model).run
+    if not paths and run is None:
+        raise ConfigError(f"{model} is not a run folder and so has no held-out text; give text with --data PATH")
+    return run
 
 
 def text_of(paths: list[str], *, tokenizer: "Tokenizer", max_tokens: int) -> "ScoredText":

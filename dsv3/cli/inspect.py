@@ -13,7 +13,7 @@ from dsv3.config.files import read_config, read_json, to_dict
 from dsv3.config.override import apply_overrides
 from dsv3.config.published import model_config_from_published
 from dsv3.errors import ConfigError
-from dsv3.plan.activations import activation_memory, kept_of_row
+from dsv3.plan.activations import activation_memory, kept_of_tokens
 from dsv3.plan.counts import (
     ParameterCounts,
     count_parameters,
@@ -204,7 +204,7 @@ def _activations(config: PretrainConfig, *, context: int) -> dict[str, Any]:
         "of_micro_batch": tokens * kept.per_token + kept.per_pass,
         "row_tokens": context,
         "row_ranks": config.parallel.context,
-        "of_row": kept_of_row(config, tokens=context),
+        "of_row": kept_of_tokens(config, tokens=context),
     }
 
 

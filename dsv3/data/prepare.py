@@ -112,7 +112,7 @@ def corpus_settings(config: PretrainConfig) -> dict[str, Any]:
 
 
 def _check_same_settings(corpus: PreparedCorpus, *, settings: dict[str, Any], is_shared: bool) -> None:
-    found = copy.deepcopy(corpus.settings)
+    found, settings = copy.deepcopy(corpus.settings), copy.deepcopy(settings)
     for one in (found, settings):
         for source in one["data"]["sources"]:
             source.pop("weight", None)  # It says how rows are drawn, which another run may do otherwise.

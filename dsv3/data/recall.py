@@ -18,7 +18,7 @@ from dsv3.data.document import Document
 SHORTEST = 400
 """Characters of the shortest documents, a hundred tokens or so."""
 OCTAVES = 8
-"""The longest documents are this many times twice as long, less one."""
+"""Lengths of documents, each twice the one before."""
 CHARACTERS_OF_AN_OCTAVE = 800_000
 MAYBE_HELD_OUT = 0.1
 """Text whose hash falls below this may be held out of its own source, and is left out here: a rate of a tenth or less
@@ -39,7 +39,7 @@ LIST_SHARE = 0.5
 AGAIN_SHARE = 0.75
 """So many statements are made once more, after each time."""
 PATTERNS = (
-    "The {} {} of {} is {}.",
+    "The {0} {1} of {2} is {3}.",
     "The {1} of {2} is {3}.",
     "The {0} of the {1} {2} is {3}.",
     "{2} keeps the {0} {1} {3}.",

@@ -4,7 +4,7 @@ Beyond the positions it can read, the loss of a model rises at once; so the curv
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, stdev
@@ -86,24 +86,16 @@ def whole_rows(documents: Mapping[str, Sequence[Sequence[int]]], *, length: int,
     return rows
 
 
-def loss_by_position(
-    model: Transformer,
-    *,
-    rows: Sequence[Sequence[int]],
-    name: str,
-    progress: Callable[[int, int], None] | None = None,
-) -> PositionLoss:
+def loss_by_position(model: Transformer, *, rows: Sequence[Sequence[int]], name: str) -> PositionLoss:
     """Return the loss in each bucket of positions, over rows of equal length, each read by itself and whole."""
     edges = edges_of(len(rows[0]) - 1)
     by_row: list[list[float]] = []
-    for number, row in enumerate(rows):
+    for row in rows:
         batch = TokenBatch.from_sequences([list(row[:-1])]).to(model.device)
         with torch.inference_mode():
             targets = torch.tensor(row[1:], device=model.device)
             losses = token_nll(model(batch).hidden, weight=model.lm_head.weight, targets=targets).double()
         by_row.append([losses[begin:end].mean().item() for begin, end in pairwise(edges)])
-        if progress is not None:
-            progress(number + 1, len(rows))
     columns = list(zip(*by_row, strict=True))
     return PositionLoss(
         name=name,

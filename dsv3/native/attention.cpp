@@ -109,8 +109,8 @@ void products(const float* a, int64_t a_row, const float* b, float* scores, int6
 
 extern "C" void attention_forward(const float* query, const float* key_value, const float* rope_key, const float* cos,
                                   const float* sin, float* output, float* log_sum, const int64_t* starts,
-                                  const int64_t* key_starts, int64_t sequences, int64_t heads, int64_t nope, int64_t rope, int64_t value,
-                                  float scale) {
+                                  const int64_t* key_starts, int64_t sequences, int64_t heads, int64_t nope,
+                                  int64_t rope, int64_t value, float scale) {
   const Shape s{heads, nope, rope, value, scale};
   const int64_t wide_key = s.wide_key(), wide_value = s.wide_value();
 #pragma omp parallel
@@ -178,8 +178,8 @@ extern "C" void attention_forward(const float* query, const float* key_value, co
 extern "C" void attention_backward(const float* of_output, const float* query, const float* key_value,
                                    const float* rope_key, const float* cos, const float* sin, const float* output,
                                    const float* log_sum, float* of_query, float* of_key_value, float* of_rope_key,
-                                   const int64_t* starts, const int64_t* key_starts, int64_t sequences, int64_t heads, int64_t nope, int64_t rope,
-                                   int64_t value, float scale) {
+                                   const int64_t* starts, const int64_t* key_starts, int64_t sequences,
+                                   int64_t heads, int64_t nope, int64_t rope, int64_t value, float scale) {
   const Shape s{heads, nope, rope, value, scale};
   const int64_t wide_key = s.wide_key(), wide_value = s.wide_value(), pairs = rope / 2;
   const int64_t all_keys = key_starts[sequences];

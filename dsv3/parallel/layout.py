@@ -70,7 +70,7 @@ class Layout:
         shape = (config.pipeline, self.data_size // config.expert, config.expert)
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=(PIPELINE, EXPERT_DATA, EXPERT))
         self.pipeline = mesh.get_group(PIPELINE)
-        self.towards_first = self._second_pipeline(config)
+        self.towards_first = self._second_pipeline()
         """The same ranks once more: each way between two of them has a channel of its own, so that on one that keeps
         the order of calls (NCCL) a rank that gets ready to receive does not hold up what it sends."""
         self.context = self._context(link)
@@ -99,27 +99,31 @@ class Layout:
         """Return which row of the whole model's parameter the first row here is: of experts, the first one here."""
         return self.expert_rank * self.experts_per_rank if is_expert(name) else 0
 
-    def _second_pipeline(self, config: ParallelConfig) -> dist.ProcessGroup:
-        mine = self.pipeline
-        for place in range(self.data_size):  # all ranks make all groups
-            ranks = [pipe * self.data_size + place for pipe in range(config.pipeline)]
+    def _own_group(self, groups: Iterable[Iterable[int]]) -> tuple[dist.ProcessGroup, list[int]] | None:
+        """Make a group of each, which all ranks must do; return the one that this rank is in, and its ranks."""
+        mine = None
+        for members in groups:
+            ranks = sorted(members)
             group = dist.new_group(ranks)
             if self.rank in ranks:
-                mine = group
+                mine = (group, ranks)
         return mine
+
+    def _second_pipeline(self) -> dist.ProcessGroup:
+        pipelines = (range(place, self.size, self.data_size) for place in range(self.data_size))
+        mine = self._own_group(pipelines)
+        assert mine is not None, "every rank is in a pipeline"
+        return mine[0]
 
     def _context(self, link: Link) -> ContextGroup | None:
         """Return the ranks that share this one's rows, or None where it has rows of its own."""
         size = self.config.context
         if size == 1:
             return None
-        mine: dist.ProcessGroup | None = None
-        for first in range(0, self.size, size):  # all ranks make all groups
-            group = dist.new_group(list(range(first, first + size)))
-            if first <= self.rank < first + size:
-                mine = group
-        assert mine is not None
-        return ContextGroup(group=mine, size=size, place=self.rank % size, link=link)
+        mine = self._own_group(range(first, first + size) for first in range(0, self.size, size))
+        assert mine is not None, "the ranks divide into groups that share rows"
+        group, ranks = mine
+        return ContextGroup(group=group, size=size, place=ranks.index(self.rank), link=link)
 
     def _find_sharers(self) -> dict[tuple[tuple[int, ...], bool], Sharers]:
         ends = (f"layers.{layers.start}" for layers in self.stages.layers)
@@ -142,17 +146,13 @@ class Layout:
 
     def _sharers_of(self, groups: list[list[int]], *, num_pipeline_ranks: int) -> Sharers | None:
         """Make a group of each, which all ranks must do, and return the one that this rank is in."""
-        mine = None
-        for ranks in groups:
-            group = dist.new_group(sorted(ranks))
-            if self.rank in ranks:
-                mine = Sharers(
-                    group=group,
-                    size=len(ranks),
-                    place=sorted(ranks).index(self.rank),
-                    num_pipeline_ranks=num_pipeline_ranks,
-                )
-        return mine
+        mine = self._own_group(groups)
+        if mine is None:
+            return None
+        group, ranks = mine
+        return Sharers(
+            group=group, size=len(ranks), place=ranks.index(self.rank), num_pipeline_ranks=num_pipeline_ranks
+        )
 
     def _hops(self, across: dist.ProcessGroup, *, link: Link) -> tuple[Hop, ...]:
         """Return one hop to the ranks that hold experts, or two: to their nodes, then within these."""

@@ -66,25 +66,22 @@ def activation_memory(config: PretrainConfig) -> ActivationMemory:
     )
 
 
-def kept_of_row(config: PretrainConfig, *, tokens: int) -> int:
-    """Return the bytes that a pass over one row of so many tokens keeps on each rank that shares it."""
-    kept, layers = activation_memory(config), config.model.num_hidden_layers + config.model.num_nextn_predict_layers
-    shared = kept_of_shared_rows(config, tokens=tokens, num_layers=layers)
-    return kept.per_token * -(-tokens // config.parallel.context) + shared + kept.per_pass
+def kept_of_tokens(config: PretrainConfig, *, tokens: int) -> int:
+    """Return the bytes that a pass over rows of so many tokens keeps on each rank that shares them.
 
-
-def kept_of_shared_rows(config: PretrainConfig, *, tokens: int, num_layers: int) -> int:
-    """Return the bytes that rows of so many tokens take on a rank in addition to its own part, if ranks share them.
-
-    That is what attention looks at: of all tokens, and of the shorter of both pieces once more.
+    Such a rank has its part of the tokens, and for attention the latents of all of them, those that both of its pieces
+    look at twice.
     """
     model, context = config.model, config.parallel.context
-    if context == 1:
-        return 0
-    numbers = model.kv_lora_rank + model.qk_rope_head_dim
-    if not config.recompute.up_projections:
-        numbers += model.num_attention_heads * (model.qk_nope_head_dim + model.v_head_dim)
-    return FLOAT * num_layers * numbers * (tokens - tokens // (2 * context))
+    kept = activation_memory(config)
+    latents = 0
+    if context > 1:
+        numbers = model.kv_lora_rank + model.qk_rope_head_dim
+        if not config.recompute.up_projections:
+            numbers += model.num_attention_heads * (model.qk_nope_head_dim + model.v_head_dim)
+        layers = model.num_hidden_layers + model.num_nextn_predict_layers
+        latents = FLOAT * layers * numbers * (tokens - tokens // (2 * context))
+    return kept.per_token * -(-tokens // context) + latents + kept.per_pass
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from dsv3.config import ModelConfig, PretrainConfig
 from dsv3.errors import ConfigError
-from dsv3.plan.activations import activation_memory, kept_of_shared_rows
+from dsv3.plan.activations import activation_memory, kept_of_tokens
 from dsv3.plan.counts import layer_counts
 from dsv3.plan.pipeline import Kind, Schedule
 from dsv3.plan.simulate import ChunkCosts, Timeline, simulate
@@ -210,7 +210,6 @@ def _stage_activations(config: PretrainConfig, *, stages: Stages, stage: int) ->
         first_k_dense_replace=dense,
         num_nextn_predict_layers=model.num_nextn_predict_layers if is_last else 0,
     )
-    kept = activation_memory(replace(config, model=part))
-    tokens = config.batch.micro_batch_sequences * config.batch.sequence_length
-    shared = kept_of_shared_rows(config, tokens=tokens, num_layers=len(layers))
-    return kept.per_token * (tokens // config.parallel.context) + shared + (kept.per_pass if is_last else 0)
+    of_stage = replace(config, model=part)
+    kept = kept_of_tokens(of_stage, tokens=config.batch.micro_batch_sequences * config.batch.sequence_length)
+    return kept if is_last else kept - activation_memory(of_stage).per_pass

@@ -2,10 +2,7 @@
 
 from pathlib import Path
 
-from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 
 from dsv3.evals.needle import NeedleResult
 from dsv3.report.picture import picture
@@ -22,31 +19,17 @@ def draw_needles(result: NeedleResult, *, file: Path, title: str) -> None:
     Raises:
         ConfigError: the file cannot be written.
     """
-    width, height = size_of(result)
-    with picture(file, width=width, height=height) as figure:
-        axes = figure.add_subplot()
-        image = draw_grid(axes, result)
-        axes.set_title(f"{title}: {result.score:.1%} found")
-        draw_scale(figure, image)
-
-
-def size_of(result: NeedleResult) -> tuple[float, float]:
-    """Return the inches that a grid takes with its labels."""
-    return 2.2 + 0.42 * len(result.lengths), max(LEAST_HEIGHT, 1.6 + 0.26 * len(result.depths))
-
-
-def draw_grid(axes: Axes, result: NeedleResult) -> AxesImage:
-    """Draw the grid on axes of a figure."""
+    width, height = 2.2 + 0.42 * len(result.lengths), max(LEAST_HEIGHT, 1.6 + 0.26 * len(result.depths))
     scores = {(cell.length, cell.depth): cell.score for cell in result.cells}
     grid = [[scores[length, depth] for length in result.lengths] for depth in result.depths]
-    image = axes.imshow(grid, cmap=COLOURS, vmin=0, vmax=1, aspect="auto")
-    axes.set_xticks(range(len(result.lengths)), [f"{length:,}" for length in result.lengths], rotation=45, ha="right")
-    axes.set_yticks(range(len(result.depths)), [f"{depth:.0%}" for depth in result.depths])
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("depth of the needle")
-    return image
-
-
-def draw_scale(figure: Figure, image: AxesImage) -> None:
-    """Say beside grids what their colours mean."""
-    figure.colorbar(image, ax=figure.axes, label="needles found", format="{x:.0%}")
+    with picture(file, width=width, height=height) as figure:
+        axes = figure.add_subplot()
+        image = axes.imshow(grid, cmap=COLOURS, vmin=0, vmax=1, aspect="auto")
+        axes.set_xticks(
+            range(len(result.lengths)), [f"{length:,}" for length in result.lengths], rotation=45, ha="right"
+        )
+        axes.set_yticks(range(len(result.depths)), [f"{depth:.0%}" for depth in result.depths])
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("depth of the needle")
+        axes.set_title(f"{title}: {result.score:.1%} found")
+        figure.colorbar(image, ax=axes, label="needles found", format="{x:.0%}")
