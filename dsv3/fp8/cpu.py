@@ -90,9 +90,7 @@ class CpuKernels(PlainKernels):
             return _truncating(a, b.mT, rows_per_group=rows_per_group, bits=accumulator.bits)
         if len(rows_per_group) == 1:
             return a @ b[0].T
-        output = a.new_empty(a.shape[0], b.shape[1])
-        multiply_rows(a, b.mT, output=output, rows_per_expert=rows_per_group)
-        return output
+        return multiply_rows(a, b.mT, rows_per_expert=rows_per_group)
 
     def weight_gradients(
         self, slopes: OverTokens, *, rows: OverTokens, accumulator: Accumulator | None
@@ -109,9 +107,7 @@ class CpuKernels(PlainKernels):
             )
         if len(groups) == 1:
             return (a.T @ b)[None]
-        output = a.new_empty(len(groups), a.shape[1], b.shape[1])
-        weight_gradients(a, b, output=output, rows_per_expert=groups)
-        return output
+        return weight_gradients(a, b, rows_per_expert=groups)
 
     def _widen(self, x: OverTokens) -> Float[Tensor, "row column"]:
         """Return the rows that x is the quantised transpose of, in FP32."""

@@ -48,7 +48,8 @@ def scale_for(
     To 20 significant bits, or with `power_of_two` to a power of two, which the report takes where a tensor will be
     quantised again in the other direction (3.3.2). NaN stays NaN and infinity stays infinite.
     """
-    exact = largest.to(torch.float32) / largest_of_format
+    # On a GPU torch multiplies by the reciprocal of a number of the host, which is not division to the last bit.
+    exact = largest.to(torch.float32) / torch.full((), largest_of_format, device=largest.device)
     low = POWER_OF_TWO_LOW_BITS if power_of_two else SCALE_LOW_BITS
     rounded = ((exact.view(torch.int32) + low) & ~low).view(torch.float32)
     return torch.where(exact.isfinite(), rounded, exact).clamp_min(SMALLEST_SCALE)

@@ -157,7 +157,7 @@ def as_operand(x: Quantised) -> Operand | None:
         if scales.shape[-2] != 1:
             return None
         scales, height = scales.expand(*scales.shape[:-2], rows, scales.shape[-1]), 1
-    values = x.values if x.values.stride(-1) == 1 else x.values.contiguous()
+    values = x.values if x.values.stride(-1) == 1 else triton_launch.turn(x.values)
     return Operand(values=values, scales=scales, tile_rows=height)
 
 

@@ -14,6 +14,7 @@ from dsv3.fp8.formats import POWER_OF_TWO_LOW_BITS, SCALE_LOW_BITS
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor as TensorDescriptor
 except ImportError as error:
     raise MissingExtraError(package="triton", extra="dev", purpose="FP8 on a GPU") from error
 
@@ -172,24 +173,28 @@ def quantise_e5m6(
     x, packed, scales, num_rows, num_columns, x_row, x_column, packed_row, scale_row, scale_column,
     largest_of_format: tl.constexpr, block_rows: tl.constexpr,
 ):  # fmt: skip
-    """E5M6 in 1 x 128 tiles, two numbers in three bytes; even and odd columns are read by themselves."""
+    """E5M6 in 1 x 128 tiles: eight codes of 12 bits fill three words of 32, which are written whole.
+
+    `packed` is words, and `packed_row` counts them: bytes of a row begin at multiples of 4, whatever its length.
+    """
     rows = (tl.program_id(0) * block_rows + tl.arange(0, block_rows)).to(tl.int64)
     tile = tl.program_id(1)
-    pairs = tile * 64 + tl.arange(0, 64)
-    row_there, at = (rows < num_rows)[:, None], x + rows[:, None] * x_row
-    even_there = row_there & (2 * pairs < num_columns)[None, :]
-    odd_there = row_there & (2 * pairs + 1 < num_columns)[None, :]
-    even = tl.load(at + 2 * pairs[None, :] * x_column, mask=even_there, other=0).to(tl.float32)
-    odd = tl.load(at + (2 * pairs[None, :] + 1) * x_column, mask=odd_there, other=0).to(tl.float32)
-    largest = tl.max(tl.maximum(magnitude_bits(even), magnitude_bits(odd)), axis=1)
-    scale = scale_from(largest, largest_of_format, True)
-    first = e5m6_codes(tl.div_rn(even, scale[:, None]))
+    columns = tile * DEPTH + tl.arange(0, DEPTH)
+    there = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+    read = tl.load(x + rows[:, None] * x_row + columns[None, :] * x_column, mask=there, other=0).to(tl.float32)
+    scale = scale_from(tl.max(magnitude_bits(read), axis=1), largest_of_format, True)
     # A column that is not there is +0 even where NaN of its tile would make it NaN.
-    second = tl.where(odd_there, e5m6_codes(tl.div_rn(odd, scale[:, None])), 0)
-    to = packed + rows[:, None] * packed_row + 3 * pairs[None, :]
-    tl.store(to, (first & 0xFF).to(tl.uint8), mask=even_there)
-    tl.store(to + 1, (first >> 8 | (second & 0xF) << 4).to(tl.uint8), mask=even_there)
-    tl.store(to + 2, (second >> 4).to(tl.uint8), mask=even_there)
+    codes = tl.where(there, e5m6_codes(tl.div_rn(read, scale[:, None])), 0)
+    codes = tl.reshape(codes, (block_rows, DEPTH // 8, 8))
+    eights = tile * (DEPTH // 8) + tl.arange(0, DEPTH // 8)
+    write = (rows < num_rows)[:, None] & (eights * 8 < num_columns)[None, :]
+    for word in tl.static_range(3):
+        # Where the first bit of each code lies, seen from this word; what falls outside of it is another's.
+        up = (tl.arange(0, 8) * 12 - 32 * word)[None, None, :]
+        bits = tl.where(up >= 0, codes << tl.minimum(tl.maximum(up, 0), 31), codes >> tl.minimum(tl.maximum(-up, 0), 31))
+        bits = tl.where((up < 32) & (up > -12), bits, 0)
+        to = packed + rows[:, None] * packed_row + 3 * eights[None, :] + word
+        tl.store(to, tl.sum(bits, axis=2), mask=write)
     tl.store(scales + rows * scale_row + tile * scale_column, scale, mask=rows < num_rows)
 
 
@@ -214,27 +219,38 @@ def dequantise_e5m6(
 
 @triton.jit
 @no_type_check
+def turn(x, output, num_rows, num_columns, x_matrix, x_column):
+    """Columns that lie one after the other become rows: bytes of matrices, one program for a block of 128 x 128."""
+    matrix = tl.program_id(2).to(tl.int64)
+    rows = (tl.program_id(0) * DEPTH + tl.arange(0, DEPTH)).to(tl.int64)
+    columns = (tl.program_id(1) * DEPTH + tl.arange(0, DEPTH)).to(tl.int64)
+    at = x + matrix * x_matrix + columns[:, None] * x_column + rows[None, :]
+    read = tl.load(at, mask=(columns < num_columns)[:, None] & (rows < num_rows)[None, :], other=0)
+    to = output + (matrix * num_rows + rows[:, None]) * num_columns + columns[None, :]
+    tl.store(to, tl.trans(read), mask=(rows < num_rows)[:, None] & (columns < num_columns)[None, :])
+
+
+@triton.jit
+@no_type_check
 def sum_over_depth(
-    a, b, a_scales, b_scales, a_scale_step, b_scale_step, num_tiles, depth_left,
-    whole_tiles: tl.constexpr, block_rows: tl.constexpr, block_columns: tl.constexpr,
+    a, b, a_row, b_row, first, num_tiles, a_scales, b_scales, a_scale_step, b_scale_step,
+    b_has_one_scale: tl.constexpr, block_rows: tl.constexpr, block_columns: tl.constexpr,
 ):  # fmt: skip
     """Return a @ b.T: 128 products in the tensor core, then times the scales into FP32 registers (report 3.3.2).
 
-    `a` and `b` point at the first 128 columns, `a_scales` and `b_scales` at their scales: one for each row of a, and
-    one for each row of b or one for all of them.
+    `a` and `b` are descriptors, read from tile `first` of the depth on; what lies outside them is read as zeros.
+    `a_scales` and `b_scales` point at the scales of that tile: one for each row of a, and one for all rows of b or one
+    for each.
     """
     total = tl.zeros((block_rows, block_columns), dtype=tl.float32)
-    inside = tl.arange(0, DEPTH)
     for tile in range(num_tiles):
-        if whole_tiles:
-            x, y = tl.load(a), tl.load(b)
-        else:
-            there = (inside < depth_left - tile * DEPTH)[None, :]
-            x, y = tl.load(a, mask=there, other=0.0), tl.load(b, mask=there, other=0.0)
         # A fresh accumulator each time: here the tensor core's own sum ends.
-        total += tl.dot(x, tl.trans(y)) * tl.load(a_scales)[:, None] * tl.load(b_scales)
-        a += DEPTH
-        b += DEPTH
+        part = tl.dot(a.load([a_row, (first + tile) * DEPTH]), b.load([b_row, (first + tile) * DEPTH]).T)
+        # With one scale for all of b the product of scales is a row's, and all else one operation for each number.
+        if b_has_one_scale:
+            total += part * (tl.load(a_scales) * tl.load(b_scales))[:, None]
+        else:
+            total += part * tl.load(a_scales)[:, None] * tl.load(b_scales)[None, :]
         a_scales += a_scale_step
         b_scales += b_scale_step
     return total
@@ -243,40 +259,33 @@ def sum_over_depth(
 @triton.jit
 @no_type_check
 def multiply_groups(
-    a, b, a_scales, b_scales, row_tiles, output, num_row_tiles, num_columns, depth, a_row, b_matrix, b_row,
+    a, b, a_scales, b_scales, row_tiles, output, num_row_tiles, num_columns, num_tiles,
     a_scale_row, a_scale_tile, b_scale_matrix, b_scale_row, b_scale_tile,
-    a_tile_rows: tl.constexpr, b_tile_rows: tl.constexpr, whole_tiles: tl.constexpr,
-    block_rows: tl.constexpr, block_columns: tl.constexpr,
+    a_tile_rows: tl.constexpr, b_tile_rows: tl.constexpr, block_rows: tl.constexpr, block_columns: tl.constexpr,
 ):  # fmt: skip
-    """Rows of each group times the group's own matrix.
+    """Rows of each group times the group's own matrix; those of all groups lie one below the other in `b`.
 
     `row_tiles` has for each tile of rows (group, first row, end of the group's rows). Programs walk down 8 tiles of
     rows before they step to the next columns, so that what they read is still in the cache. Rows and columns beyond the
-    edge are read from the last one there is and not written.
+    edge are those of the next group, and not written.
     """
     program, across = tl.program_id(0), tl.cdiv(num_columns, block_columns)
     strip = program // (8 * across)
     height = tl.minimum(num_row_tiles - strip * 8, 8)
     entry = row_tiles + 3 * (strip * 8 + program % (8 * across) % height)
-    group, begin, end = tl.load(entry).to(tl.int64), tl.load(entry + 1), tl.load(entry + 2)
+    group, begin, end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     column = program % (8 * across) // height * block_columns
 
     rows, columns = begin + tl.arange(0, block_rows), column + tl.arange(0, block_columns)
-    row = tl.minimum(rows, end - 1).to(tl.int64)
-    inside = tl.arange(0, DEPTH)[None, :]
-    b += group * b_matrix
-    b_scales += group * b_scale_matrix
+    a_scales += tl.minimum(rows, end - 1).to(tl.int64) // a_tile_rows * a_scale_row
+    b_scales += group.to(tl.int64) * b_scale_matrix
     if b_tile_rows == 1:
-        of_columns = tl.minimum(columns, num_columns - 1).to(tl.int64)
-        b_scales += of_columns[None, :] * b_scale_row
-        b += of_columns[:, None] * b_row
+        b_scales += tl.minimum(columns, num_columns - 1).to(tl.int64) * b_scale_row
     else:
         b_scales += (column // b_tile_rows).to(tl.int64) * b_scale_row
-        b += tl.minimum(columns, num_columns - 1).to(tl.int64)[:, None] * b_row
     total = sum_over_depth(
-        a + row[:, None] * a_row + inside, b + inside,
-        a_scales + row // a_tile_rows * a_scale_row, b_scales, a_scale_tile, b_scale_tile,
-        tl.cdiv(depth, DEPTH), depth, whole_tiles, block_rows, block_columns,
+        a, b, begin, group * num_columns + column, 0, num_tiles, a_scales, b_scales, a_scale_tile, b_scale_tile,
+        b_tile_rows != 1, block_rows, block_columns,
     )  # fmt: skip
     to = output + rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
     tl.store(to, total.to(output.dtype.element_ty), mask=(rows < end)[:, None] & (columns < num_columns)[None, :])
@@ -285,7 +294,7 @@ def multiply_groups(
 @triton.jit
 @no_type_check
 def multiply_over_tokens(
-    a, b, a_scales, b_scales, group_tiles, output, num_a_rows, num_b_rows, a_row, b_row, a_scale_row, a_scale_tile,
+    a, b, a_scales, b_scales, group_tiles, output, num_a_rows, num_b_rows, a_scale_row, a_scale_tile,
     b_scale_row, b_scale_tile, block_rows: tl.constexpr, block_columns: tl.constexpr,
 ):  # fmt: skip
     """Wgrad: for each group a_g @ b_g.T over its tiles of tokens.
@@ -295,16 +304,13 @@ def multiply_over_tokens(
     """
     group = tl.program_id(2)
     first, last = tl.load(group_tiles + group), tl.load(group_tiles + group + 1)
-    rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
-    columns = tl.program_id(1) * block_columns + tl.arange(0, block_columns)
-    row = tl.minimum(rows, num_a_rows - 1).to(tl.int64)
-    column = tl.minimum(columns, num_b_rows - 1).to(tl.int64)
-    inside = (first * DEPTH + tl.arange(0, DEPTH))[None, :]
+    row, column = tl.program_id(0) * block_rows, tl.program_id(1) * block_columns
+    rows, columns = row + tl.arange(0, block_rows), column + tl.arange(0, block_columns)
+    a_scales += tl.minimum(rows, num_a_rows - 1).to(tl.int64) * a_scale_row + first * a_scale_tile
+    b_scales += tl.minimum(columns, num_b_rows - 1).to(tl.int64) * b_scale_row + first * b_scale_tile
     total = sum_over_depth(
-        a + row[:, None] * a_row + inside, b + column[:, None] * b_row + inside,
-        a_scales + row * a_scale_row + first * a_scale_tile,
-        b_scales + column[None, :] * b_scale_row + first * b_scale_tile,
-        a_scale_tile, b_scale_tile, last - first, (last - first) * DEPTH, True, block_rows, block_columns,
+        a, b, row, column, first, last - first, a_scales, b_scales, a_scale_tile, b_scale_tile,
+        False, block_rows, block_columns,
     )  # fmt: skip
     to = output + (group.to(tl.int64) * num_a_rows + rows[:, None]) * num_b_rows + columns[None, :]
     tl.store(to, total, mask=(rows < num_a_rows)[:, None] & (columns < num_b_rows)[None, :])

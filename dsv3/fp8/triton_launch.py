@@ -18,6 +18,7 @@ from dsv3.fp8.e5m6 import E5M6_MAX, PackedE5M6
 from dsv3.fp8.formats import LARGEST, TILE
 from dsv3.fp8.kernels import OverTokens, group_tiles
 from dsv3.fp8.quantise import Form, Quantised, tiles_of
+from dsv3.fp8.triton_kernels import TensorDescriptor
 
 BLOCK_ROWS = 32
 """Rows of 128 numbers that one program quantises: 32 numbers a thread."""
@@ -137,20 +138,21 @@ def dequantise(x: Quantised, *, dtype: torch.dtype = torch.float32) -> Float[Ten
 def quantise_e5m6(x: Float[Tensor, "row column"]) -> PackedE5M6:
     """Return a matrix in E5M6."""
     rows, columns = x.shape
-    packed = torch.empty(rows, -(-columns // 2) * 3, dtype=torch.uint8, device=x.device)
+    words = torch.empty(rows, -(-columns // 8) * 3, dtype=torch.int32, device=x.device)
     scales = torch.empty(rows, -(-columns // TILE), device=x.device)
     _start(
         triton_kernels.quantise_e5m6,
         (-(-rows // BLOCK_ROWS), scales.shape[1]),
-        x, packed, scales, rows, columns, *x.stride(), packed.stride(0), *scales.stride(),
+        x, words, scales, rows, columns, *x.stride(), words.stride(0), *scales.stride(),
         largest_of_format=E5M6_MAX, block_rows=BLOCK_ROWS,
     )  # fmt: skip
+    packed = words.view(torch.uint8)[:, : -(-columns // 2) * 3]
     return PackedE5M6(packed=packed, scales=scales, columns=columns)
 
 
 def dequantise_e5m6(x: PackedE5M6, *, dtype: torch.dtype = torch.float32) -> Float[Tensor, "row column"]:
     """Return a matrix from E5M6."""
-    packed, rows = x.packed.contiguous(), x.packed.shape[0]
+    packed, rows = x.packed, x.packed.shape[0]
     output = torch.empty(rows, x.columns, dtype=dtype, device=packed.device)
     _start(
         triton_kernels.dequantise_e5m6,
@@ -175,6 +177,22 @@ WIDE = ProductShape(block_rows=128, block_columns=128, num_warps=8, num_stages=4
 """Two warpgroups of 64 rows each: one promotes while the other multiplies (report 3.3.2)."""
 LOW = ProductShape(block_rows=64, block_columns=128, num_warps=4, num_stages=4)
 """For groups of at most 64 rows, as in decoding."""
+COPY_BYTES = 16
+"""Rows of operands begin at multiples of so many bytes: what the copies of a GPU ask for."""
+
+
+def turn(values: Float[Tensor, "*group row column"]) -> Float[Tensor, "*group row column"]:
+    """Return FP8 matrices row by row that lie column by column."""
+    matrices = values.reshape(-1, *values.shape[-2:])
+    count, rows, columns = matrices.shape
+    output = torch.empty(values.shape, dtype=values.dtype, device=values.device)
+    _start(
+        triton_kernels.turn,
+        (-(-rows // TILE), -(-columns // TILE), count),
+        matrices.view(torch.uint8), output.view(torch.uint8), rows, columns, matrices.stride(0), matrices.stride(2),
+        num_warps=8,
+    )  # fmt: skip
+    return output
 
 
 def multiply(
@@ -185,13 +203,15 @@ def multiply(
     columns, depth = weight.values.shape[1:]
     output = torch.empty(rows.values.shape[0], columns, dtype=dtype, device=rows.values.device)
     tiles = row_tiles(rows_per_group, height=shape.block_rows)
+    if not (tiles and columns and depth):
+        return output.zero_()
     _start(
         triton_kernels.multiply_groups,
         (len(tiles) * -(-columns // shape.block_columns),),
-        rows.values, weight.values, rows.scales, weight.scales, on_device(tiles, output.device), output,
-        len(tiles), columns, depth, rows.values.stride(0), *weight.values.stride()[:2], *rows.scales.stride(),
-        *weight.scales.stride(),
-        a_tile_rows=rows.tile_rows, b_tile_rows=weight.tile_rows, whole_tiles=depth % TILE == 0,
+        _reader(rows.values, height=shape.block_rows), _reader(weight.values, height=shape.block_columns),
+        rows.scales, weight.scales, on_device(tiles, output.device), output, len(tiles), columns, -(-depth // TILE),
+        *rows.scales.stride(), *weight.scales.stride(),
+        a_tile_rows=rows.tile_rows, b_tile_rows=weight.tile_rows,
         block_rows=shape.block_rows, block_columns=shape.block_columns,
         num_warps=shape.num_warps, num_stages=shape.num_stages,
     )  # fmt: skip
@@ -205,15 +225,26 @@ def weight_gradients(slopes: TokenTiles, *, rows: TokenTiles) -> Float[Tensor, "
     first = [0]
     for count in rows.rows_per_group:
         first.append(first[-1] + -(-count // TILE))
+    if not (first[-1] and outs and ins):
+        return output.zero_()
     _start(
         triton_kernels.multiply_over_tokens,
         (-(-outs // WIDE.block_rows), -(-ins // WIDE.block_columns), groups),
-        slopes.values, rows.values, slopes.scales, rows.scales, on_device(first, output.device), output,
-        outs, ins, slopes.values.stride(0), rows.values.stride(0), *slopes.scales.stride(), *rows.scales.stride(),
+        _reader(slopes.values, height=WIDE.block_rows), _reader(rows.values, height=WIDE.block_columns),
+        slopes.scales, rows.scales, on_device(first, output.device), output, outs, ins,
+        *slopes.scales.stride(), *rows.scales.stride(),
         block_rows=WIDE.block_rows, block_columns=WIDE.block_columns,
         num_warps=WIDE.num_warps, num_stages=WIDE.num_stages,
     )  # fmt: skip
     return output
+
+
+def _reader(values: Float[Tensor, "*group row depth"], *, height: int) -> TensorDescriptor:
+    """Return what reads tiles of `height` rows and 128 of depth; rows of all groups lie one below the other."""
+    matrix = values.flatten(0, -2)
+    if matrix.stride(0) % COPY_BYTES:
+        matrix = nn.functional.pad(matrix.view(torch.uint8), (0, -matrix.shape[1] % COPY_BYTES)).view(values.dtype)
+    return TensorDescriptor.from_tensor(matrix, [height, TILE])
 
 
 def row_tiles(rows_per_group: Sequence[int], *, height: int) -> list[tuple[int, int, int]]:
@@ -236,7 +267,8 @@ def _scales_by_tile(rows: int, columns: int, *, device: torch.device) -> Float[T
 
 def _start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
     """Run a kernel on the device of its tensors, unless there is nothing to do or no memory to do it in."""
-    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    held = [argument.base if isinstance(argument, TensorDescriptor) else argument for argument in arguments]
+    tensors = [argument for argument in held if isinstance(argument, Tensor)]
     if 0 in grid or any(type(x) not in (Tensor, nn.Parameter) or x.is_meta for x in tensors):
         return
     with torch.cuda.device_of(tensors[0]):

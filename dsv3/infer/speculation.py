@@ -140,7 +140,8 @@ class Drafter:
                 output[piece.num_true :] if step is None and module + 1 < self.num_modules else output[-1:]
             )
         if drafting:
-            logits = self._runner.logits(states.hidden.index_select(0, batch.starts[1:][drafting] - 1))
+            last = (batch.starts[1:][drafting] - 1).to(states.hidden.device)
+            logits = self._runner.logits(states.hidden.index_select(0, last))
             for row, place in zip(logits, drafting, strict=True):
                 self._draft(pieces[place].chain, row)
 

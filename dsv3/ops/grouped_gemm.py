@@ -40,9 +40,7 @@ class _GroupedLinear(torch.autograd.Function):
         ctx.save_for_backward(rows)
         # Not a saved tensor: those may come back as other objects, and `later` must add to this one's gradient.
         ctx.weight, ctx.rows_per_expert, ctx.later = weight, rows_per_expert, later
-        output = rows.new_empty(rows.shape[0], weight.shape[1])
-        multiply_rows(rows, weight.transpose(1, 2), output=output, rows_per_expert=rows_per_expert)
-        return output
+        return multiply_rows(rows, weight.transpose(1, 2), rows_per_expert=rows_per_expert)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -51,14 +49,9 @@ class _GroupedLinear(torch.autograd.Function):
         weight, counts, gradient = ctx.weight, ctx.rows_per_expert, gradient.contiguous()
         of_rows = of_weight = None
         if ctx.needs_input_grad[0]:
-            of_rows = torch.empty_like(rows)
-            multiply_rows(gradient, weight, output=of_rows, rows_per_expert=counts)
+            of_rows = multiply_rows(gradient, weight, rows_per_expert=counts)
         if ctx.needs_input_grad[1]:
-
-            def make() -> Tensor:
-                made = torch.empty_like(weight)
-                weight_gradients(gradient, rows, output=made, rows_per_expert=counts)
-                return made
-
-            of_weight = ctx.later.gradient(weight, make=make)
+            of_weight = ctx.later.gradient(
+                weight, make=lambda: weight_gradients(gradient, rows, rows_per_expert=counts)
+            )
         return of_rows, of_weight, None, None

@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dsv3.fp8 import triton_launch
 from dsv3.fp8.gpu import as_operand
@@ -32,7 +33,7 @@ NAMES = {
 }
 HOPPER = 90
 TOKENS, HIDDEN, WIDTH, LATENT = 4096, 7168, 2048, 576
-INSTRUCTIONS = r"\b(?:wgmma\.mma_async|cvt\.rn[\w.]*e[45]m[23]|cp\.async\.c[ag]|div\.(?:rn|full|approx))[\w.:]*"
+INSTRUCTIONS = r"\b(?:wgmma\.mma_async|cp\.async\.bulk|cvt\.rn[\w.]*e[45]m[23]|cp\.async\.c[ag]|div\.(?:rn|full|approx))[\w.:]*"
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -90,6 +91,7 @@ CASES: dict[str, Callable[[], object]] = {
         tiles(TOKENS, HIDDEN, dtype=E5M2), blocks(1, 2 * WIDTH, HIDDEN), (TOKENS,)
     ),
     "weight gradients": lambda: gradients(GROUPS),
+    "turn": lambda: triton_launch.turn(numbers(4, HIDDEN, 2 * WIDTH, dtype=torch.float8_e4m3fn).mT),
 }
 
 
@@ -110,6 +112,8 @@ def compiled(kernel, arguments, settings):
         value = named[parameter.name]
         if isinstance(value, Tensor):
             signature[parameter.name], aligned[(index,)] = NAMES[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<{NAMES[value.base.dtype][1:]}{value.block_shape}>"
         elif parameter.is_constexpr or value == 1:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         else:

@@ -12,7 +12,7 @@ from dsv3.ops.cross_entropy import linear_cross_entropy, token_nll
 @pytest.mark.parametrize("chunk_elements", [11, 33, 1 << 22])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_loss_and_gradients_equal_torch(monkeypatch, chunk_elements, weighted):
-    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", {"cpu": chunk_elements})
     hidden, weight = torch.randn(7, 5, dtype=torch.float64), torch.randn(11, 5, dtype=torch.float64)
     targets = torch.tensor([0, 3, IGNORE, 10, 2, IGNORE, 7])
     weights = torch.rand(7, dtype=torch.float64) if weighted else None
