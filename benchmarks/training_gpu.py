@@ -1,4 +1,4 @@
-"""Claim: on an H100 a training step is faster, and takes less memory, than transformers' of the same V3, FP8 faster yet.
+"""Claim: on an H100 a training step is faster, and takes less memory, than transformers' of the same V3.
 
 For whoever has the card. One step is forward pass, next-token cross-entropy, backward pass, clipping to norm 1 and
 AdamW on random tokens, the same architecture and number of weights for every system. Ours keeps FP32 masters and
@@ -72,7 +72,7 @@ LARGE = replace(
     topk_group=2,
 )
 MODELS = {"0.1B": SMALL, "1.1B": LARGE}
-WARM_UP, STEPS = 3, 8
+WARM_UP, STEPS = 3, 7
 
 
 class OursOnGpu:

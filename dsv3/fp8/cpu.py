@@ -80,17 +80,25 @@ class CpuKernels(PlainKernels):
         return made.finished()
 
     def multiply(
-        self, rows: Quantised, *, weight: Quantised, rows_per_group: Sequence[int], accumulator: Accumulator | None
+        self,
+        rows: Quantised,
+        *,
+        weight: Quantised,
+        rows_per_group: Sequence[int],
+        accumulator: Accumulator | None,
+        dtype: torch.dtype = torch.float32,
     ) -> Float[Tensor, "row column"]:
         """Widen both and multiply."""
         if not _serves(rows) or (accumulator is not None and accumulator.promote_every):
-            return super().multiply(rows, weight=weight, rows_per_group=rows_per_group, accumulator=accumulator)
+            return super().multiply(
+                rows, weight=weight, rows_per_group=rows_per_group, accumulator=accumulator, dtype=dtype
+            )
         a, b = self.dequantise(rows), self.dequantise(weight)
         if accumulator is not None:
-            return _truncating(a, b.mT, rows_per_group=rows_per_group, bits=accumulator.bits)
+            return _truncating(a, b.mT, rows_per_group=rows_per_group, bits=accumulator.bits).to(dtype)
         if len(rows_per_group) == 1:
-            return a @ b[0].T
-        return multiply_rows(a, b.mT, rows_per_expert=rows_per_group)
+            return (a @ b[0].T).to(dtype)
+        return multiply_rows(a, b.mT, rows_per_expert=rows_per_group).to(dtype)
 
     def weight_gradients(
         self, slopes: OverTokens, *, rows: OverTokens, accumulator: Accumulator | None

@@ -83,17 +83,25 @@ class GpuKernels(PlainKernels):
         return triton_launch.quantise_over_tokens(x, form=form, rows_per_group=rows_per_group)
 
     def multiply(
-        self, rows: Quantised, *, weight: Quantised, rows_per_group: Sequence[int], accumulator: Accumulator | None
+        self,
+        rows: Quantised,
+        *,
+        weight: Quantised,
+        rows_per_group: Sequence[int],
+        accumulator: Accumulator | None,
+        dtype: torch.dtype = torch.float32,
     ) -> Float[Tensor, "row column"]:
         """Multiply with FP8 tensor cores; an emulated accumulator takes the plain form."""
         a, b = as_operand(rows), as_operand(weight)
         if accumulator is not None or a is None or b is None:
-            return super().multiply(rows, weight=weight, rows_per_group=rows_per_group, accumulator=accumulator)
+            return super().multiply(
+                rows, weight=weight, rows_per_group=rows_per_group, accumulator=accumulator, dtype=dtype
+            )
         if self.scaled_mm and len(rows_per_group) == 1:
             matrix = Operand(values=b.values[0], scales=b.scales[0], tile_rows=b.tile_rows)
             if fits_scaled_mm(a, matrix):
-                return multiply_by_torch(a, matrix)
-        return triton_launch.multiply(a, weight=b, rows_per_group=rows_per_group)
+                return multiply_by_torch(a, matrix, dtype=dtype)
+        return triton_launch.multiply(a, weight=b, rows_per_group=rows_per_group, dtype=dtype)
 
     def weight_gradients(
         self, slopes: OverTokens, *, rows: OverTokens, accumulator: Accumulator | None
@@ -174,8 +182,8 @@ def fits_scaled_mm(a: Operand, b: Operand) -> bool:
     return e4m3 and whole and a.tile_rows == 1 and rows > 0 and depth > 0
 
 
-def multiply_by_torch(a: Operand, b: Operand) -> Float[Tensor, "row column"]:
-    """Return a @ b.T in FP32 by cuBLAS, which wants scales of rows lying tile by tile.
+def multiply_by_torch(a: Operand, b: Operand, *, dtype: torch.dtype = torch.float32) -> Float[Tensor, "row column"]:
+    """Return a @ b.T by cuBLAS, which wants scales of rows lying tile by tile.
 
     Those of blocks it wants lying block row by block row, each row of them filled up to a multiple of 4.
     """
@@ -191,7 +199,7 @@ def multiply_by_torch(a: Operand, b: Operand) -> Float[Tensor, "row column"]:
         scale_recipe_a=F.ScalingType.BlockWise1x128,
         scale_b=b_scales,
         scale_recipe_b=b_recipe,
-        output_dtype=torch.float32,
+        output_dtype=dtype,
     )
 
 

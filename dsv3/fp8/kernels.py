@@ -70,9 +70,18 @@ class Kernels(Protocol):
         ...
 
     def multiply(
-        self, rows: Quantised, *, weight: Quantised, rows_per_group: Sequence[int], accumulator: Accumulator | None
+        self,
+        rows: Quantised,
+        *,
+        weight: Quantised,
+        rows_per_group: Sequence[int],
+        accumulator: Accumulator | None,
+        dtype: torch.dtype = torch.float32,
     ) -> Float[Tensor, "row column"]:
-        """Return `rows @ weight[g].T` in FP32 with the group g of each row; `weight` is group x column x depth."""
+        """Return `rows @ weight[g].T` with the group g of each row; `weight` is group x column x depth.
+
+        Sums are FP32, and rounded once to `dtype`.
+        """
         ...
 
     def weight_gradients(
@@ -120,10 +129,16 @@ class PlainKernels:
         return self.quantise_over_tokens(self.dequantise(x), form=form, rows_per_group=rows_per_group)
 
     def multiply(
-        self, rows: Quantised, *, weight: Quantised, rows_per_group: Sequence[int], accumulator: Accumulator | None
+        self,
+        rows: Quantised,
+        *,
+        weight: Quantised,
+        rows_per_group: Sequence[int],
+        accumulator: Accumulator | None,
+        dtype: torch.dtype = torch.float32,
     ) -> Float[Tensor, "row column"]:
         """Multiply group by group."""
-        output = torch.empty(rows.values.shape[0], weight.values.shape[-2], device=rows.values.device)
+        output = torch.empty(rows.values.shape[0], weight.values.shape[-2], dtype=dtype, device=rows.values.device)
         start = 0
         for group, count in enumerate(rows_per_group):
             if count:

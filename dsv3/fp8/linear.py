@@ -85,7 +85,8 @@ class _Fp8Products(torch.autograd.Function):
                 weight=weight,
                 rows_per_group=product.rows_per_group,
                 accumulator=product.recipe.accumulator,
-            ).to(x.dtype)
+                dtype=x.dtype,
+            )
             for weight in product.weights
         )
 
@@ -94,12 +95,17 @@ class _Fp8Products(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         product: Fp8Product = ctx.product
         kernels = product.kernels
-        common = {"rows_per_group": product.rows_per_group}
         of_x: Tensor | None = None
         if ctx.needs_input_grad[0]:
+            sum_type = torch.float32 if len(gradients) > 1 else gradients[0].dtype
             for gradient, weight in zip(gradients, product.weights, strict=True):
-                slope = kernels.quantise(gradient, form=product.gradient)
-                part = kernels.multiply(slope, weight=weight.T, accumulator=product.recipe.accumulator, **common)
+                part = kernels.multiply(
+                    kernels.quantise(gradient, form=product.gradient),
+                    weight=weight.T,
+                    rows_per_group=product.rows_per_group,
+                    accumulator=product.recipe.accumulator,
+                    dtype=sum_type,
+                )
                 of_x = part if of_x is None else of_x.add_(part)
             assert of_x is not None
             of_x = of_x.to(gradients[0].dtype)
@@ -110,7 +116,9 @@ class _Fp8Products(torch.autograd.Function):
             rows = cache(lambda: _input_over_tokens(product, kept=kept, tile=tile))
 
             def make(gradient: Tensor, parameter: Tensor) -> Tensor:
-                slopes = kernels.quantise_over_tokens(gradient, form=product.gradient_over_tokens, **common)
+                slopes = kernels.quantise_over_tokens(
+                    gradient, form=product.gradient_over_tokens, rows_per_group=product.rows_per_group
+                )
                 made = kernels.weight_gradients(slopes, rows=rows(), accumulator=product.recipe.accumulator)
                 return made.view(parameter.shape).to(parameter.dtype)
 

@@ -191,8 +191,8 @@ def quantise_e5m6(
     for word in tl.static_range(3):
         # Where the first bit of each code lies, seen from this word; what falls outside of it is another's.
         up = (tl.arange(0, 8) * 12 - 32 * word)[None, None, :]
-        bits = tl.where(up >= 0, codes << tl.minimum(tl.maximum(up, 0), 31), codes >> tl.minimum(tl.maximum(-up, 0), 31))
-        bits = tl.where((up < 32) & (up > -12), bits, 0)
+        raised, lowered = codes << tl.minimum(tl.maximum(up, 0), 31), codes >> tl.minimum(tl.maximum(-up, 0), 31)
+        bits = tl.where((up < 32) & (up > -12), tl.where(up >= 0, raised, lowered), 0)
         to = packed + rows[:, None] * packed_row + 3 * eights[None, :] + word
         tl.store(to, tl.sum(bits, axis=2), mask=write)
     tl.store(scales + rows * scale_row + tile * scale_column, scale, mask=rows < num_rows)

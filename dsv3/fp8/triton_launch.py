@@ -19,6 +19,7 @@ from dsv3.fp8.formats import LARGEST, TILE
 from dsv3.fp8.kernels import OverTokens, group_tiles
 from dsv3.fp8.quantise import Form, Quantised, tiles_of
 from dsv3.fp8.triton_kernels import TensorDescriptor
+from dsv3.native.triton_start import start_kernel
 
 BLOCK_ROWS = 32
 """Rows of 128 numbers that one program quantises: 32 numbers a thread."""
@@ -57,7 +58,7 @@ def quantise_rows(x: Float[Tensor, "row column"], *, form: Form) -> Quantised:
     rows, columns = x.shape
     values = torch.empty(rows, columns, dtype=form.dtype, device=x.device)
     scales = _scales_by_tile(rows, columns, device=x.device)
-    _start(
+    start_kernel(
         triton_kernels.quantise_rows,
         (-(-rows // BLOCK_ROWS), scales.shape[1]),
         x, values, scales, rows, columns, *x.stride(), *scales.stride(),
@@ -74,7 +75,7 @@ def quantise_swiglu(
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     values = torch.empty(rows, width, dtype=form.dtype, device=gate_up.device)
     scales = _scales_by_tile(rows, width, device=gate_up.device)
-    _start(
+    start_kernel(
         triton_kernels.quantise_swiglu,
         (-(-rows // BLOCK_ROWS), scales.shape[1]),
         gate_up, scales if factors is None else factors.contiguous(), values, scales, rows, width, gate_up.stride(0),
@@ -91,7 +92,7 @@ def quantise_blocks(x: Float[Tensor, "matrix row column"], *, form: Form) -> Qua
     down, across = tiles_of(rows, columns, tile=(TILE, TILE))
     values = torch.empty(matrices, rows, columns, dtype=form.dtype, device=x.device)
     scales = torch.empty(matrices, down, across, device=x.device)
-    _start(
+    start_kernel(
         triton_kernels.quantise_blocks,
         (down, across, matrices),
         x, values, scales, rows, columns, *x.stride(),
@@ -110,7 +111,7 @@ def quantise_over_tokens(
     tiles = len(starts) - 1
     values = torch.empty(columns, tiles * TILE, dtype=form.dtype, device=rows.device)
     scales = _scales_by_tile(columns, tiles * TILE, device=rows.device)
-    _start(
+    start_kernel(
         triton_kernels.quantise_over_tokens,
         (tiles, -(-columns // BLOCK_COLUMNS)),
         rows, of_rows, on_device(starts, rows.device), values, scales, columns, tiles, *rows.stride(),
@@ -126,7 +127,7 @@ def dequantise(x: Quantised, *, dtype: torch.dtype = torch.float32) -> Float[Ten
     values, scales = x.values.reshape(-1, *x.values.shape[-2:]), x.scales.reshape(-1, *x.scales.shape[-2:])
     matrices, rows, columns = values.shape
     output = torch.empty(x.values.shape, dtype=dtype, device=values.device)
-    _start(
+    start_kernel(
         triton_kernels.dequantise_tiles,
         (-(-rows // BLOCK_ROWS), -(-columns // TILE), matrices),
         values, scales, output, rows, columns, *values.stride(), *scales.stride(),
@@ -140,7 +141,7 @@ def quantise_e5m6(x: Float[Tensor, "row column"]) -> PackedE5M6:
     rows, columns = x.shape
     words = torch.empty(rows, -(-columns // 8) * 3, dtype=torch.int32, device=x.device)
     scales = torch.empty(rows, -(-columns // TILE), device=x.device)
-    _start(
+    start_kernel(
         triton_kernels.quantise_e5m6,
         (-(-rows // BLOCK_ROWS), scales.shape[1]),
         x, words, scales, rows, columns, *x.stride(), words.stride(0), *scales.stride(),
@@ -154,7 +155,7 @@ def dequantise_e5m6(x: PackedE5M6, *, dtype: torch.dtype = torch.float32) -> Flo
     """Return a matrix from E5M6."""
     packed, rows = x.packed, x.packed.shape[0]
     output = torch.empty(rows, x.columns, dtype=dtype, device=packed.device)
-    _start(
+    start_kernel(
         triton_kernels.dequantise_e5m6,
         (-(-rows // BLOCK_ROWS), x.scales.shape[1]),
         packed, x.scales, output, rows, x.columns, packed.stride(0), *x.scales.stride(),
@@ -186,7 +187,7 @@ def turn(values: Float[Tensor, "*group row column"]) -> Float[Tensor, "*group ro
     matrices = values.reshape(-1, *values.shape[-2:])
     count, rows, columns = matrices.shape
     output = torch.empty(values.shape, dtype=values.dtype, device=values.device)
-    _start(
+    start_kernel(
         triton_kernels.turn,
         (-(-rows // TILE), -(-columns // TILE), count),
         matrices.view(torch.uint8), output.view(torch.uint8), rows, columns, matrices.stride(0), matrices.stride(2),
@@ -205,7 +206,7 @@ def multiply(
     tiles = row_tiles(rows_per_group, height=shape.block_rows)
     if not (tiles and columns and depth):
         return output.zero_()
-    _start(
+    start_kernel(
         triton_kernels.multiply_groups,
         (len(tiles) * -(-columns // shape.block_columns),),
         _reader(rows.values, height=shape.block_rows), _reader(weight.values, height=shape.block_columns),
@@ -227,7 +228,7 @@ def weight_gradients(slopes: TokenTiles, *, rows: TokenTiles) -> Float[Tensor, "
         first.append(first[-1] + -(-count // TILE))
     if not (first[-1] and outs and ins):
         return output.zero_()
-    _start(
+    start_kernel(
         triton_kernels.multiply_over_tokens,
         (-(-outs // WIDE.block_rows), -(-ins // WIDE.block_columns), groups),
         _reader(slopes.values, height=WIDE.block_rows), _reader(rows.values, height=WIDE.block_columns),
@@ -263,14 +264,3 @@ def on_device(numbers: Sequence[Any], device: torch.device) -> Tensor:
 
 def _scales_by_tile(rows: int, columns: int, *, device: torch.device) -> Float[Tensor, "row tile"]:
     return torch.empty(-(-columns // TILE), rows, device=device).mT
-
-
-def _start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
-    """Run a kernel on the device of its tensors, unless there is nothing to do or no memory to do it in."""
-    held = [argument.base if isinstance(argument, TensorDescriptor) else argument for argument in arguments]
-    tensors = [argument for argument in held if isinstance(argument, Tensor)]
-    if 0 in grid or any(type(x) not in (Tensor, nn.Parameter) or x.is_meta for x in tensors):
-        return
-    with torch.cuda.device_of(tensors[0]):
-        # Said outright, since Triton is changing the default: a product and the sum it goes into round once.
-        kernel[grid](*arguments, **settings, enable_fp_fusion=True)

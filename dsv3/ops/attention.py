@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.bias import causal_lower_right
 
 from dsv3 import native
+from dsv3.ops import on_gpu
 from dsv3.ops.rope import Rotation, rotate
 
 SCORES_AT_ONCE = 1 << 24
@@ -39,6 +40,9 @@ def expanded_attention(
     if native.usable(query, key_value, rope_key, rotation.cos, rotation.sin):
         counts = (tuple(lengths), tuple(key_lengths or lengths))
         return _ExpandedAttention.apply(query, key_value, rope_key, rotation.cos, rotation.sin, *counts, scale)
+    if key_lengths is None and on_gpu.usable(query, key_value, rope_key):
+        q, k, v = _AttentionInputs.apply(query, key_value, rope_key, rotation.cos, rotation.sin)
+        return causal_attention(q, key=k, value=v, lengths=lengths, scale=scale)
     return expanded_attention_plain(
         query,
         key_value=key_value,
@@ -120,6 +124,26 @@ class _ExpandedAttention(torch.autograd.Function):
         return *results, None, None, None, None, None
 
 
+class _AttentionInputs(torch.autograd.Function):
+    """Queries, keys and values of every head as a GPU's attention reads them, in one pass each way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key_value: Tensor, rope_key: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = [x.contiguous() for x in (query, key_value, rope_key, cos, sin)]
+        ctx.save_for_backward(*inputs[3:])
+        return on_gpu.attention_inputs(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        of_query, of_key, of_value = (gradient.contiguous() for gradient in gradients)
+        rotation = dict(zip(("cos", "sin"), ctx.saved_tensors, strict=True))
+        made = on_gpu.attention_inputs_backward(of_query, of_key=of_key, of_value=of_value, **rotation)
+        return *made, None, None
+
+
 def causal_attention(
     query: Float[Tensor, "token head qk"],
     *,
@@ -132,11 +156,12 @@ def causal_attention(
     """Attend from each token to itself and the tokens before it in its own sequence.
 
     Sequences lie end to end and are `lengths` long; with `key_lengths`, that is how many of the last tokens ask. Scores
-    are never held: values are padded to the width of the keys, because torch's fused kernels on CPU ask for equal
-    widths (here v is narrower) and fall back to a T x T matrix.
+    are never held: values are padded to the width of the keys where torch's fused kernels ask for equal widths (here v
+    is narrower) and fall back to a T x T matrix; cuDNN's on a GPU does not.
     """
     width = value.shape[-1]
-    padded = F.pad(value, (0, query.shape[-1] - width)) if width < query.shape[-1] else value
+    pads = width < query.shape[-1] and not on_gpu.attends_to_narrow_values(query, value)
+    padded = F.pad(value, (0, query.shape[-1] - width)) if pads else value
     if key_lengths is None and len(set(lengths)) == 1:
         return _batched_rows(query, key, padded, num_rows=len(lengths), scale=scale)[..., :width]
     of_keys = list(key_lengths or lengths)

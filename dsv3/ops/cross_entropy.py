@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from dsv3 import native
 from dsv3.batch import IGNORE
+from dsv3.ops import on_gpu
 
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
 """Logits held at once: in FP32 16 MB on a CPU and 512 MB on a GPU, whose products want many rows."""
@@ -44,7 +45,7 @@ def token_nll(
     """Return each token's `-log softmax(hidden @ weight.T)[target]` in nats, 0 for `IGNORE`; without gradients."""
     pieces = []
     for rows in _chunks(hidden.shape[0], weight.shape[0], device=hidden.device):
-        logits = _logits(hidden[rows], weight)
+        logits = _wide(hidden[rows] @ weight.T)
         pieces.append(_nll(logits, targets[rows]))
     return torch.cat(pieces) if pieces else hidden.new_zeros(0)
 
@@ -59,7 +60,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         of_hidden = torch.empty_like(hidden) if wants_gradient else None
         of_weight = torch.zeros_like(weight, dtype=accumulator) if wants_gradient else None
         for rows in _chunks(hidden.shape[0], weight.shape[0], device=hidden.device):
-            logits = _logits(hidden[rows], weight)
+            logits = hidden[rows] @ weight.T
             target = targets[rows]
             coefficient = (target != IGNORE).to(accumulator)
             if weights is not None:
@@ -91,6 +92,10 @@ def _losses_and_slopes(
     """Return each row's -log softmax[target] and, in the memory of `logits`, its gradient times the coefficient."""
     rows, vocab = logits.shape
     index = targets.long().clamp(min=0)
+    if on_gpu.usable(logits, coefficients):
+        losses = on_gpu.cross_entropy_rows(logits, targets=index, coefficients=coefficients, wants_slopes=wants_slopes)
+        return losses, logits
+    logits = _wide(logits)
     if native.usable(logits, coefficients):
         assert rows == 0 or int(index.max()) < vocab, "a target lies outside the vocabulary"
         losses = logits.new_empty(rows)
@@ -111,8 +116,7 @@ def _chunks(num_tokens: int, vocab_size: int, *, device: torch.device) -> list[s
     return [slice(start, min(start + step, num_tokens)) for start in range(0, num_tokens, step)]
 
 
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    logits = hidden @ weight.T
+def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsv3 import native
+from dsv3.ops import on_gpu
+from dsv3.ops.on_gpu import runs_on_gpu
 
 
 def rms_norm(
@@ -17,7 +19,7 @@ def rms_norm(
 
     Source: report 2.1 and fact sheet 1.1; eps is 1e-6 in the published configuration.
     """
-    if x.dim() == 2 and x.stride(1) == 1 and native.usable(x, weight):
+    if x.dim() == 2 and x.stride(1) == 1 and (native.usable(x, weight) or on_gpu.usable(x, weight)):
         return _RmsNorm.apply(x, weight, eps)
     return rms_norm_plain(x, weight=weight, eps=eps)
 
@@ -34,9 +36,12 @@ def rms_norm_plain(
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        rows, dim = x.shape
-        output, inverse = x.new_empty(rows, dim), x.new_empty(rows)
-        native.call("rms_norm_forward", x, x.stride(0), weight, output, inverse, rows, dim, eps)
+        if runs_on_gpu(x):
+            output, inverse = on_gpu.rms_norm_forward(x, weight=weight, eps=eps)
+        else:
+            rows, dim = x.shape
+            output, inverse = x.new_empty(rows, dim), x.new_empty(rows)
+            native.call("rms_norm_forward", x, x.stride(0), weight, output, inverse, rows, dim, eps)
         ctx.save_for_backward(x, weight, inverse)
         return output
 
@@ -44,6 +49,8 @@ class _RmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
+        if runs_on_gpu(x):
+            return *on_gpu.rms_norm_backward(gradients[0], x=x, weight=weight, inverse=inverse), None
         rows, dim = x.shape
         of_x, of_weight = x.new_empty(rows, dim), torch.empty_like(weight)
         slope = gradients[0].contiguous()

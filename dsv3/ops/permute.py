@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsv3 import native
+from dsv3.ops import on_gpu
 
 
 def copy_to_rows(
@@ -61,6 +62,8 @@ def _gather(tokens: Tensor, source: Tensor) -> Tensor:
 
 
 def _sum(rows: Tensor, origin: Tensor) -> Tensor:
+    if on_gpu.usable(rows):
+        return on_gpu.sum_rows(rows, origin=origin)
     if not native.usable(rows):
         total = rows.index_select(0, origin[:, 0])
         for choice in range(1, origin.shape[1]):

@@ -16,6 +16,7 @@ from dsv3 import native
 from dsv3.config import OptimConfig
 from dsv3.errors import ConfigError
 from dsv3.fp8.formats import is_fp8
+from dsv3.ops import on_gpu
 
 STRETCH_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Weights stepped together: on a CPU two FP32 scratch moments of 4 MB each, measured best of 64K to 4M elements."""
@@ -180,7 +181,11 @@ class AdamW:
         """
         gradients = {name: gradient.reshape(-1) for name, gradient in self.own_gradients.items()}
         scale = min(1.0, self.config.clip_gradient_norm / max(gradient_norm, torch.finfo(torch.float32).tiny))
-        step = _step_by_kernel if native.usable(*self.master.values(), *gradients.values()) else _step_by_torch
+        step = _step_by_torch
+        if native.usable(*self.master.values(), *gradients.values()):
+            step = _step_by_kernel
+        elif on_gpu.usable(*self.master.values(), *gradients.values()):
+            step = _step_on_gpu
         for stretch in self._stretches:
             pieces = stretch.with_gradients(self.master, gradients=gradients)
             if pieces:
@@ -251,6 +256,25 @@ def _step_by_kernel(
             (1 - config.beta2 ** (steps + 1)) ** 0.5,
             config.epsilon,
             1 - rate * decay,
+        )
+
+
+def _step_on_gpu(
+    stretch: _Stretch, *, pieces: list[_Piece], steps: int, scale: float, rate: float, config: OptimConfig
+) -> None:
+    for piece in pieces:
+        on_gpu.adamw(
+            piece.weight,
+            gradient=piece.gradient,
+            first_moment=stretch.first_moment[piece.moments],
+            second_moment=stretch.second_moment[piece.moments],
+            scale=scale,
+            rate=rate,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            steps=steps,
+            epsilon=config.epsilon,
+            weight_decay=config.weight_decay if stretch.decays else 0.0,
         )
 
 

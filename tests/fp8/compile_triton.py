@@ -22,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dsv3.fp8 import triton_launch
 from dsv3.fp8.gpu import as_operand
 from dsv3.fp8.quantise import BLOCKS, TILES, Quantised
+from dsv3.ops import on_gpu
 
 NAMES = {
     torch.bfloat16: "*bf16",
@@ -29,11 +30,14 @@ NAMES = {
     torch.float8_e4m3fn: "*fp8e4nv",
     torch.float8_e5m2: "*fp8e5",
     torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.uint8: "*u8",
 }
 HOPPER = 90
 TOKENS, HIDDEN, WIDTH, LATENT = 4096, 7168, 2048, 576
-INSTRUCTIONS = r"\b(?:wgmma\.mma_async|cp\.async\.bulk|cvt\.rn[\w.]*e[45]m[23]|cp\.async\.c[ag]|div\.(?:rn|full|approx))[\w.:]*"
+INSTRUCTIONS = (
+    r"\b(?:wgmma\.mma_async|cp\.async\.bulk|cvt\.rn[\w.]*e[45]m[23]|cp\.async\.c[ag]|div\.(?:rn|full|approx))[\w.:]*"
+)
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -61,6 +65,50 @@ def gradients(groups: tuple[int, ...]) -> None:
     triton_launch.weight_gradients(slopes, rows=rows)
 
 
+def between_products(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """What ops/on_gpu.py starts."""
+
+    def of(*shape: int) -> Tensor:
+        return numbers(*shape, dtype=dtype)
+
+    wide = {name: numbers(1 << 20, dtype=torch.float32) for name in ("gradient", "first_moment", "second_moment")}
+    row = numbers(TOKENS, dtype=torch.float32)
+    heads, nope, rope, value = 128, 128, 64, 128
+    angles = numbers(TOKENS, rope // 2, dtype=torch.float32)
+    query, key_value = of(TOKENS, heads, nope + rope), of(TOKENS, heads, nope + value)
+    both, gate_up = of(TOKENS, 2 * WIDTH), of(TOKENS, 2 * WIDTH)
+    parts = {"gate": gate_up[:, :WIDTH], "up": gate_up[:, WIDTH:], "factors": row}
+    return {
+        "rms_norm forward": lambda: on_gpu.rms_norm_forward(of(TOKENS, HIDDEN), weight=of(HIDDEN), eps=1e-6),
+        "rms_norm backward": lambda: on_gpu.rms_norm_backward(
+            of(TOKENS, HIDDEN), x=of(TOKENS, HIDDEN), weight=of(HIDDEN), inverse=row
+        ),
+        "swiglu forward": lambda: on_gpu.swiglu_forward(**parts),
+        "swiglu backward": lambda: on_gpu.swiglu_backward(
+            of(TOKENS, WIDTH), **parts, of_gate=both[:, :WIDTH], of_up=both[:, WIDTH:], of_factors=row
+        ),
+        "sum rows": lambda: on_gpu.sum_rows(
+            of(8 * TOKENS, HIDDEN), origin=numbers(TOKENS, 8, dtype=torch.int64)
+        ),
+        "attention inputs": lambda: on_gpu.attention_inputs(query, key_value, of(TOKENS, rope), angles, angles),
+        "attention inputs backward": lambda: on_gpu.attention_inputs_backward(
+            query, of_key=query, of_value=of(TOKENS, heads, value), cos=angles, sin=angles
+        ),
+        "cross-entropy": lambda: on_gpu.cross_entropy_rows(
+            of(TOKENS, 129_280), targets=numbers(TOKENS, dtype=torch.int64), coefficients=row, wants_slopes=True
+        ),
+        "adamw": lambda: on_gpu.adamw(
+            wide["gradient"], **wide, scale=0.5, rate=1e-3, beta1=0.9, beta2=0.95, steps=3, epsilon=1e-8,
+            weight_decay=0.1,
+        ),
+    }  # fmt: skip
+
+
+CASES_BETWEEN = {
+    f"{name}, {kind}": case
+    for kind, dtype in (("BF16", torch.bfloat16), ("FP32", torch.float32))
+    for name, case in between_products(dtype).items()
+}
 GROUPS = (1000, 0, 1500, 1596)
 E5M2 = torch.float8_e5m2
 CASES: dict[str, Callable[[], object]] = {
@@ -91,6 +139,7 @@ CASES: dict[str, Callable[[], object]] = {
         tiles(TOKENS, HIDDEN, dtype=E5M2), blocks(1, 2 * WIDTH, HIDDEN), (TOKENS,)
     ),
     "weight gradients": lambda: gradients(GROUPS),
+    **CASES_BETWEEN,
     "turn": lambda: triton_launch.turn(numbers(4, HIDDEN, 2 * WIDTH, dtype=torch.float8_e4m3fn).mT),
 }
 
@@ -98,7 +147,8 @@ CASES: dict[str, Callable[[], object]] = {
 def last_start(case: Callable[[], object]) -> tuple[object, tuple[object, ...], dict[str, object]]:
     """Return kernel, arguments and settings of the last kernel that a case starts."""
     starts = []
-    triton_launch._start = lambda kernel, grid, *arguments, **settings: starts.append((kernel, arguments, settings))
+    for module in (triton_launch, on_gpu):
+        module.start_kernel = lambda kernel, grid, *arguments, **settings: starts.append((kernel, arguments, settings))
     case()
     return starts[-1]
 
@@ -114,6 +164,8 @@ def compiled(kernel, arguments, settings):
             signature[parameter.name], aligned[(index,)] = NAMES[value.dtype], [["tt.divisibility", 16]]
         elif isinstance(value, TensorDescriptor):
             signature[parameter.name] = f"tensordesc<{NAMES[value.base.dtype][1:]}{value.block_shape}>"
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
         elif parameter.is_constexpr or value == 1:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         else:
