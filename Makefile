@@ -60,6 +60,9 @@ test-slow: $(VENV)/dev ## run the tests that take minutes
 test-gpu-static: $(GPU_VENV)/ready ## check the code for GPUs without one: devices, types, shapes, layouts
 	@$(GPU_VENV)/bin/python -m pytest -q tests/gpu_static
 
+test-gpu: $(GPU_VENV)/ready ## compute on the GPU of this machine, and compare with its CPU
+	@$(GPU_VENV)/bin/python -m pytest -q tests/gpu
+
 check: format lint types layers test ## format, lint, types, import layers, tests
 
 format: $(VENV)/dev ## put every file into shape

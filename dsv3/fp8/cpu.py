@@ -14,7 +14,7 @@ from torch import Tensor
 from dsv3 import native
 from dsv3.fp8.e5m6 import PackedE5M6, dequantise_e5m6, quantise_e5m6
 from dsv3.fp8.formats import TILE
-from dsv3.fp8.gemm import CHAIN, Accumulator
+from dsv3.fp8.gemm import AT_ONCE, Accumulator
 from dsv3.fp8.kernels import OverTokens, PlainKernels, group_tiles
 from dsv3.fp8.quantise import Form, Quantised, tiles_of
 from dsv3.native.products import multiply_rows, weight_gradients
@@ -166,7 +166,7 @@ class _OverTokensInPlace:
 def _truncating(
     a: Float[Tensor, "row depth"], b: Float[Tensor, "group depth column"], *, rows_per_group: Sequence[int], bits: int
 ) -> Float[Tensor, "row column"]:
-    """Return the product with a sum that is cut to `bits` bits after every few products."""
+    """Return the product as `gemm.Accumulator` adds it, never promoted."""
     a = a.contiguous()
     depth, columns = b.shape[1:]
     padded = torch.nn.functional.pad(b, (0, -columns % WIDEST_VECTOR)).contiguous()
@@ -174,7 +174,7 @@ def _truncating(
     start = 0
     for group, count in enumerate(rows_per_group):
         here = slice(start, start + count)
-        shape = (count, columns, depth, CHAIN, bits)
+        shape = (count, columns, depth, AT_ONCE, bits)
         native.call("truncating_product", a[here], a.stride(0), padded[group], padded.stride(1), output[here], *shape)
         start += count
     return output

@@ -7,10 +7,11 @@ row: that is how products read them, ours and cuBLAS's.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsv3.fp8 import triton_kernels
@@ -23,7 +24,9 @@ from dsv3.native.triton_start import start_kernel
 
 BLOCK_ROWS = 32
 """Rows of 128 numbers that one program quantises: 32 numbers a thread."""
-BLOCK_COLUMNS = 64
+BLOCK_ROWS_E5M6 = 8
+"""The same where numbers are packed into words: with 32, a third as fast on an H200."""
+BLOCK_COLUMNS = 32
 """Columns of 128 tokens that one program quantises and turns."""
 
 
@@ -143,9 +146,9 @@ def quantise_e5m6(x: Float[Tensor, "row column"]) -> PackedE5M6:
     scales = torch.empty(rows, -(-columns // TILE), device=x.device)
     start_kernel(
         triton_kernels.quantise_e5m6,
-        (-(-rows // BLOCK_ROWS), scales.shape[1]),
+        (-(-rows // BLOCK_ROWS_E5M6), scales.shape[1]),
         x, words, scales, rows, columns, *x.stride(), words.stride(0), *scales.stride(),
-        largest_of_format=E5M6_MAX, block_rows=BLOCK_ROWS,
+        largest_of_format=E5M6_MAX, block_rows=BLOCK_ROWS_E5M6,
     )  # fmt: skip
     packed = words.view(torch.uint8)[:, : -(-columns // 2) * 3]
     return PackedE5M6(packed=packed, scales=scales, columns=columns)
@@ -178,6 +181,8 @@ WIDE = ProductShape(block_rows=128, block_columns=128, num_warps=8, num_stages=4
 """Two warpgroups of 64 rows each: one promotes while the other multiplies (report 3.3.2)."""
 LOW = ProductShape(block_rows=64, block_columns=128, num_warps=4, num_stages=4)
 """For groups of at most 64 rows, as in decoding."""
+OVER_TOKENS = ProductShape(block_rows=64, block_columns=128, num_warps=4, num_stages=3)
+"""For Wgrad, whose promotion is twice the work: three programs on a multiprocessor take turns."""
 COPY_BYTES = 16
 """Rows of operands begin at multiples of so many bytes: what the copies of a GPU ask for."""
 
@@ -203,14 +208,14 @@ def multiply(
     shape = LOW if max(rows_per_group, default=0) <= LOW.block_rows else WIDE
     columns, depth = weight.values.shape[1:]
     output = torch.empty(rows.values.shape[0], columns, dtype=dtype, device=rows.values.device)
-    tiles = row_tiles(rows_per_group, height=shape.block_rows)
-    if not (tiles and columns and depth):
+    if not (output.numel() and depth):
         return output.zero_()
+    tiles = row_tiles(tuple(rows_per_group), height=shape.block_rows, device=output.device)
     start_kernel(
         triton_kernels.multiply_groups,
         (len(tiles) * -(-columns // shape.block_columns),),
         _reader(rows.values, height=shape.block_rows), _reader(weight.values, height=shape.block_columns),
-        rows.scales, weight.scales, on_device(tiles, output.device), output, len(tiles), columns, -(-depth // TILE),
+        rows.scales, weight.scales, tiles, output, len(tiles), columns, -(-depth // TILE),
         *rows.scales.stride(), *weight.scales.stride(),
         a_tile_rows=rows.tile_rows, b_tile_rows=weight.tile_rows,
         block_rows=shape.block_rows, block_columns=shape.block_columns,
@@ -230,12 +235,12 @@ def weight_gradients(slopes: TokenTiles, *, rows: TokenTiles) -> Float[Tensor, "
         return output.zero_()
     start_kernel(
         triton_kernels.multiply_over_tokens,
-        (-(-outs // WIDE.block_rows), -(-ins // WIDE.block_columns), groups),
-        _reader(slopes.values, height=WIDE.block_rows), _reader(rows.values, height=WIDE.block_columns),
+        (-(-outs // OVER_TOKENS.block_rows), -(-ins // OVER_TOKENS.block_columns), groups),
+        _reader(slopes.values, height=OVER_TOKENS.block_rows), _reader(rows.values, height=OVER_TOKENS.block_columns),
         slopes.scales, rows.scales, on_device(first, output.device), output, outs, ins,
         *slopes.scales.stride(), *rows.scales.stride(),
-        block_rows=WIDE.block_rows, block_columns=WIDE.block_columns,
-        num_warps=WIDE.num_warps, num_stages=WIDE.num_stages,
+        block_rows=OVER_TOKENS.block_rows, block_columns=OVER_TOKENS.block_columns,
+        num_warps=OVER_TOKENS.num_warps, num_stages=OVER_TOKENS.num_stages,
     )  # fmt: skip
     return output
 
@@ -248,13 +253,17 @@ def _reader(values: Float[Tensor, "*group row depth"], *, height: int) -> Tensor
     return TensorDescriptor.from_tensor(matrix, [height, TILE])
 
 
-def row_tiles(rows_per_group: Sequence[int], *, height: int) -> list[tuple[int, int, int]]:
-    """Return (group, first row, end of the group's rows) of every tile of rows; empty groups have none."""
+@lru_cache(maxsize=64)
+def row_tiles(rows_per_group: tuple[int, ...], *, height: int, device: torch.device) -> Int[Tensor, "tile 3"]:
+    """Return (group, first row, end of the group's rows) of every tile of rows; empty groups have none.
+
+    Kept, since every product of a layer's experts has the same, and it takes longer to make than many a product.
+    """
     tiles, begin = [], 0
     for group, count in enumerate(rows_per_group):
         tiles += [(group, row, begin + count) for row in range(begin, begin + count, height)]
         begin += count
-    return tiles
+    return on_device(tiles, device)
 
 
 def on_device(numbers: Sequence[Any], device: torch.device) -> Tensor:

@@ -168,26 +168,61 @@ void dequantise_columns(const uint8_t* values, int64_t columns, const int64_t* s
       }
 }
 
-// A column of tiles of a product whose sum is cut to its highest bits after every CHAIN products.
+// A column of tiles of a product as a tensor core adds it (Accumulator of dsv3/fp8/gemm.py). The exponent of a product
+// is the sum of its factors' fields; those of zeros are far below all others, and below LOWEST nothing is left to cut.
 template <int ROWS>
 void truncating_rows(int64_t rows, const float* a, int64_t a_row, const float* b, int64_t b_k, float* c, int64_t c_row,
-                     int64_t columns, int64_t depth, int64_t chain, int32_t kept_bits) {
+                     int64_t columns, int64_t depth, int64_t at_once, int32_t bits_kept) {
   if constexpr (ROWS > 1) {
     if (rows < ROWS)
-      return truncating_rows<ROWS - 1>(rows, a, a_row, b, b_k, c, c_row, columns, depth, chain, kept_bits);
+      return truncating_rows<ROWS - 1>(rows, a, a_row, b, b_k, c, c_row, columns, depth, at_once, bits_kept);
   }
+  constexpr int32_t BIAS = 127, LOWEST = -100;
+  const int32_t fraction = bits_kept - 1, mask = ~((1 << (24 - bits_kept)) - 1);
+  const auto field = [](IntVector bits) { return (bits >> 23) & 0xFF; };
   for (int64_t column = 0; column < columns; column += WIDTH) {
     Vector total[ROWS] = {};
-    for (int64_t start = 0; start < depth; start += chain) {
-      Vector part[ROWS] = {};
-      const int64_t end = std::min(start + chain, depth);
+    for (int64_t start = 0; start < depth; start += at_once) {
+      const int64_t end = std::min(start + at_once, depth);
+      IntVector highest[ROWS];
+      for (int row = 0; row < ROWS; ++row) {
+        const IntVector held = field(bits_of(total[row])) - BIAS;
+        highest[row] = held > LOWEST ? held : LOWEST - IntVector{};
+      }
+      for (int64_t k = start; k < end; ++k) {
+        const IntVector other = field(bits_of(load(b + k * b_k + column))) - 2 * BIAS;
+#pragma GCC unroll 16
+        for (int row = 0; row < ROWS; ++row) {
+          int32_t bits;
+          std::memcpy(&bits, a + row * a_row + k, sizeof bits);
+          const IntVector both = other + ((bits >> 23) & 0xFF);
+          highest[row] = both > highest[row] ? both : highest[row];
+        }
+      }
+      Vector up[ROWS], plain[ROWS];
+      IntVector sum[ROWS];
+      for (int row = 0; row < ROWS; ++row) {
+        // Beyond 2^127 something is infinite or NaN, and the plain sum is taken.
+        highest[row] = highest[row] < BIAS ? highest[row] : BIAS - IntVector{};
+        up[row] = float_of((fraction - highest[row] + BIAS) << 23);
+        plain[row] = total[row];
+        sum[row] = __builtin_convertvector(total[row] * up[row], IntVector);
+      }
       for (int64_t k = start; k < end; ++k) {
         const Vector other = load(b + k * b_k + column);
 #pragma GCC unroll 16
-        for (int row = 0; row < ROWS; ++row) part[row] += a[row * a_row + k] * other;
+        for (int row = 0; row < ROWS; ++row) {
+          const Vector product = a[row * a_row + k] * other;
+          plain[row] += product;
+          sum[row] += __builtin_convertvector(product * up[row], IntVector);
+        }
       }
-#pragma GCC unroll 16
-      for (int row = 0; row < ROWS; ++row) total[row] = float_of(bits_of(total[row] + part[row]) & kept_bits);
+      for (int row = 0; row < ROWS; ++row) {
+        const Vector down = float_of((highest[row] - fraction + BIAS) << 23);
+        const Vector cut = float_of(bits_of(__builtin_convertvector(sum[row], Vector) * down) & mask);
+        const IntVector finite = field(bits_of(plain[row])) != 0xFF;
+        total[row] = finite ? cut : plain[row];
+      }
     }
     for (int row = 0; row < ROWS; ++row) store_some(c + row * c_row + column, total[row], columns - column);
   }
@@ -285,14 +320,13 @@ extern "C" void e5m6_dequantise(const uint8_t* packed, int64_t rows, int64_t col
   }
 }
 
-// c = a @ b with the sum cut to `bits` significant bits each time `chain` products have been added to it (dsv3/fp8/gemm.py).
+// c = a @ b as a tensor core adds it, `at_once` products at a time (Accumulator of dsv3/fp8/gemm.py).
 // Rows of b are `b_k` apart and hold at least round_up(columns, WIDTH) numbers.
 extern "C" void truncating_product(const float* a, int64_t a_row, const float* b, int64_t b_k, float* c, int64_t rows,
-                                   int64_t columns, int64_t depth, int64_t chain, int64_t bits) {
-  const int32_t kept_bits = ~((1 << (24 - bits)) - 1);
+                                   int64_t columns, int64_t depth, int64_t at_once, int64_t bits) {
   constexpr int ROWS = 4;
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < rows; row += ROWS)
     truncating_rows<ROWS>(std::min<int64_t>(ROWS, rows - row), a + row * a_row, a_row, b, b_k, c + row * columns, columns,
-                          columns, depth, chain, kept_bits);
+                          columns, depth, at_once, bits);
 }

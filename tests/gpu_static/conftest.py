@@ -62,8 +62,12 @@ def fake_gpu() -> Iterator[None]:
     """While this is there, tensors have a device, a type and a shape, and no memory."""
     if torch.version.cuda is None:
         pytest.skip("needs a CUDA build of torch")
+    from dsv3.fp8 import triton_launch
+
+    triton_launch.row_tiles.cache_clear()  # of another test's mode
     with FakeTensorMode(), AnswerFromDevice():
         yield
+    triton_launch.row_tiles.cache_clear()
 
 
 @pytest.fixture
