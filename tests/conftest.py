@@ -99,6 +99,11 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture
 def small_run(texts: list[Path]) -> PretrainConfig:
     """Twelve steps on those folders."""
+    return small_config(texts)
+
+
+def small_config(texts: list[Path]) -> PretrainConfig:
+    """Return the settings of `small_run`, for fixtures that outlive a test."""
     return PretrainConfig(
         recipe="test",
         total_tokens=12 * 4 * 32,

@@ -21,6 +21,8 @@ VERBS = (
     "prepare",
     "pretrain",
     "extend",
+    "sft",
+    "grpo",
     "generate",
     "chat",
     "evaluate",

@@ -1,6 +1,7 @@
 """Datasets of the Hugging Face hub, read as a stream: `hf://OWNER/NAME`, `hf://OWNER/NAME?config=NAME&split=train`."""
 
 from collections.abc import Iterator
+from typing import Any
 from urllib.parse import parse_qsl
 
 from dsv3.data.document import Document, ReadingLog
@@ -12,23 +13,28 @@ OPTIONS = ("config", "split")
 
 
 def hub_documents(path: str, *, log: ReadingLog) -> Iterator[Document]:
-    """Yield the records of a dataset as they arrive; nothing but the current ones is kept.
+    """Yield the records of a dataset as documents, as they arrive; nothing but the current ones is kept.
 
     Raises:
         MissingExtraError: `datasets` is not installed.
         DataError: the dataset cannot be opened, or breaks off.
     """
+    name, _ = _read_path(path)
+    for number, record in enumerate(open_hub(path), start=1):
+        yield from read_record(record, name=f"{name}#{number}", log=log)
+
+
+def open_hub(path: str) -> Iterator[Any]:
+    """Yield the records of a dataset as they arrive. Raises as `hub_documents`."""
     name, options = _read_path(path)
     try:
         import datasets
     except ImportError as error:
         raise MissingExtraError(package="datasets", extra="data", purpose=f"reading {path}") from error
     try:
-        stream = datasets.load_dataset(
+        yield from datasets.load_dataset(
             name, name=options.get("config"), split=options.get("split", "train"), streaming=True
         )
-        for number, record in enumerate(stream, start=1):
-            yield from read_record(record, name=f"{name}#{number}", log=log)
     except DataError:
         raise
     except Exception as error:  # The library raises dozens of classes, of its own and of those below it.

@@ -42,6 +42,8 @@ PAGE_TOKENS = 16
 """Of the cache of a model that is used in this process: what a conversation reads again at most."""
 CACHE_TOKENS = 16_384
 """Tokens of all requests together that there is room for, or one whole context if that is more."""
+LESSONS = ("sft.json", "grpo.json")
+"""What a run has that was taught to answer."""
 SHARE_OF_MEMORY = 0.3
 """Of the memory that is free, what the cache may take."""
 MOST_SEQUENCES = 32
@@ -276,12 +278,19 @@ def load(
         runner,
         tokenizer=tokenizer,
         source=f"{found.weights}{' (average)' if average else ''}",
-        is_base=run is not None or tokenizer is None or not tokenizer.settings.get("chat_template"),
+        is_base=_is_base(found, tokenizer=tokenizer),
         trained_length=runner.config.max_position_embeddings if run is None else run.batch.sequence_length,
         model=model,
         cache_tokens=cache_tokens,
         drafts=drafts,
     )
+
+
+def _is_base(found: ModelFolder, *, tokenizer: Tokenizer | None) -> bool:
+    """Whether a model only continues text: a run that was not taught, or a tokenizer without a chat format."""
+    if found.run is not None:
+        return not any((found.run / lesson).exists() for lesson in LESSONS)
+    return tokenizer is None or not tokenizer.settings.get("chat_template")
 
 
 def _load_packed(found: ModelFolder, *, run_model: ModelConfig | None, weights: str, average: bool) -> PackedModel:

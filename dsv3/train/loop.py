@@ -28,7 +28,15 @@ from dsv3.runtime.log import get_logger, say_once
 from dsv3.train.event import EventCallback, TrainEvent
 from dsv3.train.health import HangWatch, SpikeFinder, StragglerFinder
 from dsv3.train.metrics import MetricsLog, UnwrittenLog
-from dsv3.train.resume import new_state, newest_snapshot, restore_state, take_weights, whole_model, write_state
+from dsv3.train.resume import (
+    fingerprint,
+    new_state,
+    newest_snapshot,
+    restore_state,
+    take_weights,
+    whole_model,
+    write_state,
+)
 from dsv3.train.run_folder import open_run_folder
 from dsv3.train.schedule import batch_sequences, mtp_loss_weight, total_steps
 from dsv3.train.step import StepMetrics, TrainState, train_step
@@ -180,7 +188,7 @@ class _Run:
         newest = newest_snapshot(folder, ranks=ranks)
         state = new_state(config, ranks=ranks)
         if newest is not None:
-            restore_state(state, path=newest, corpus=corpus)
+            restore_state(state, path=newest, data=fingerprint(corpus))
         elif config.start_from:
             take_weights(state, folder=Path(config.start_from))
             get_logger(__name__).info("beginning with the weights of %s", config.start_from)
@@ -335,7 +343,7 @@ class _Run:
         """Begin a snapshot, after the metrics that it is to find on the disk; wait for it unless training may go on."""
         self.finish_saving()
         self.log.force_to_disk()
-        self.saving = write_state(self.state, folder=self.folder / "snapshots", corpus=self.corpus)
+        self.saving = write_state(self.state, folder=self.folder / "snapshots", data=fingerprint(self.corpus))
         self.saved_step = self.state.step
         if not self.config.snapshot.in_background:
             self.finish_saving()

@@ -99,6 +99,13 @@ class MetricsLog:
         self._board.add_text(f"sample/{prompt.strip()}", text, step=step)
         return record
 
+    def record(self, kind: str, *, step: int, values: dict[str, Any]) -> dict[str, Any]:
+        """Record numbers of another kind."""
+        record = {"kind": kind, "step": step, **values}
+        self._write(record)
+        self._draw(kind, record, step=step)
+        return record
+
     def incident(self, kind: str, *, step: int, told: str) -> None:
         """Record something that is not as it should be."""
         self._write({"kind": kind, "step": step, "message": told})

@@ -53,16 +53,16 @@ def _place(model: Transformer, *, device: torch.device, dtype: torch.dtype, in_f
         buffer.data = buffer.data.to(device)
 
 
-def write_state(state: TrainState, *, folder: Path, corpus: PreparedCorpus) -> Saving:
+def write_state(state: TrainState, *, folder: Path, data: str) -> Saving:
     """Begin to write everything the next step depends on as a snapshot below `folder`; every rank must.
 
     Weights are stored as their FP32 masters. There are no random numbers to keep: initial weights, the order of rows
     and FIM follow from the seed and from counts. Of ranks that hold the same, one writes; a snapshot does not say how
-    many there were.
+    many there were. `data` is a hash of what is trained on.
     """
     first, second = state.optimizer.moments()
     tensors = {"model": state.optimizer.master, "first_moment": first, "second_moment": second}
-    counts = {"tokens": state.tokens, "optimizer_steps": state.optimizer.steps, "corpus": fingerprint(corpus)}
+    counts = {"tokens": state.tokens, "optimizer_steps": state.optimizer.steps, "corpus": data}
     if state.average is not None:
         tensors["average"] = state.average.average
         counts["average_updates"] = state.average.updates
@@ -113,7 +113,7 @@ def take_weights(state: TrainState, *, folder: Path) -> None:
 
 
 @torch.no_grad()
-def restore_state(state: TrainState, *, path: Path, corpus: PreparedCorpus) -> None:
+def restore_state(state: TrainState, *, path: Path, data: str) -> None:
     """Put a snapshot into a new state, so that the next step is bit for bit the one that would have followed.
 
     On another number of ranks than it was written on, the order of sums is another.
@@ -125,10 +125,10 @@ def restore_state(state: TrainState, *, path: Path, corpus: PreparedCorpus) -> N
         verify_snapshot(path)
     snapshot = OpenSnapshot(path)
     counts = snapshot.state
-    if counts["corpus"] != fingerprint(corpus):
+    if counts["corpus"] != data:
         raise SnapshotError(
-            f"the corpus in {corpus.folder} is not the one that {path} was trained on; put that corpus back, or start "
-            "another run with --run FOLDER"
+            f"the data there is now is not what {path} was trained on; put that back, or start another run with "
+            "--run FOLDER"
         )
     parameters = state.optimizer.parameters
     groups = ["first_moment", "second_moment", *(["average"] if state.average is not None else [])]

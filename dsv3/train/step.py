@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsv3.batch import TokenBatch
-from dsv3.config import PrecisionConfig, PretrainConfig
+from dsv3.config import BalanceConfig, PrecisionConfig, PretrainConfig
 from dsv3.errors import NonFiniteError
 from dsv3.fp8.recipe import recipe_named
 from dsv3.model.interfaces import Cut, ModelOutput, Part, keep_whole
@@ -104,10 +104,32 @@ class _Run(Protocol):
     def __call__(self, *, batches: Sequence[TokenBatch], loss_scale: float = 1.0) -> _Passes: ...
 
 
-def train_step(state: TrainState, *, batches: Sequence[TokenBatch]) -> StepMetrics:
+@runtime_checkable
+class LossFunction(Protocol):
+    """What a step minimises: `pretraining_loss`, or another in its place."""
+
+    def __call__(
+        self,
+        model: Transformer,
+        *,
+        output: ModelOutput,
+        batch: TokenBatch,
+        whole: WholeBatch,
+        mtp_weight: float,
+        balance: BalanceConfig,
+        is_last: bool = True,
+    ) -> LossParts:
+        """Return the share of one micro-batch in the loss of the whole batch."""
+        ...
+
+
+def train_step(
+    state: TrainState, *, batches: Sequence[TokenBatch], loss: LossFunction = pretraining_loss
+) -> StepMetrics:
     """Take one step on a batch, given as micro-batches on the model's device, and change `state` in place.
 
-    Of several ranks each is given its own share of the batch, in as many micro-batches as the others.
+    Of several ranks each is given its own share of the batch, in as many micro-batches as the others. What is minimised
+    is `loss`, of next tokens unless told otherwise.
 
     Schedules are read at the tokens seen before the step. Router biases move after the weights, by the load of all
     micro-batches together; so the choice made in this step never depends on tokens of this step (report 2.1.2).
@@ -123,7 +145,7 @@ def train_step(state: TrainState, *, batches: Sequence[TokenBatch]) -> StepMetri
     state.model.train()
     precision = quantise_weights(state.model.weights_in_fp8(), config=config.precision)  # once, for all micro-batches
     whole = _count_whole_batch(state, batches=batches, precision=precision)
-    run = partial(_forward_backward, state, whole=whole, mtp_weight=mtp_weight, precision=precision)
+    run = partial(_forward_backward, state, loss=loss, whole=whole, mtp_weight=mtp_weight, precision=precision)
     passes, norm, is_lost = _passes_in_range(state, run=run, batches=batches)
     if is_lost or not math.isfinite(norm):
         _stop(state, passes=passes, batches=batches, run=run)
@@ -139,7 +161,7 @@ def train_step(state: TrainState, *, batches: Sequence[TokenBatch]) -> StepMetri
     modules = config.model.num_nextn_predict_layers if mtp_weight > 0 else 0
     own_loss = sum(part.next_token.item() for part in passes.parts.values())
     by_rank = state.ranks.gather_numbers([own_loss, passes.own_norm])
-    [wire_bytes, loss, balance, *mtp] = state.ranks.total(
+    [wire_bytes, total_loss, balance, *mtp] = state.ranks.total(
         [
             state.ranks.take_wire_bytes(),
             own_loss,
@@ -152,7 +174,7 @@ def train_step(state: TrainState, *, batches: Sequence[TokenBatch]) -> StepMetri
     return StepMetrics(
         step=step,
         tokens=state.tokens,
-        loss=loss,
+        loss=total_loss,
         mtp_loss=tuple(mtp),
         mtp_weight=mtp_weight,
         balance_loss=balance,
@@ -202,6 +224,7 @@ class _Work:
 
     state: TrainState
     batches: Sequence[TokenBatch]
+    loss_function: LossFunction
     whole: WholeBatch
     mtp_weight: float
     precision: Precision
@@ -228,7 +251,7 @@ class _Work:
         """Return what these layers add to the loss, and note it."""
         places = places_of(output, layers=layers, model=self.state.config.model)
         counts = self.whole.plain_top_k
-        loss = pretraining_loss(
+        loss = self.loss_function(
             self.state.model,
             output=output,
             batch=self.batches[micro_batch],
@@ -251,6 +274,7 @@ def _forward_backward(
     state: TrainState,
     *,
     batches: Sequence[TokenBatch],
+    loss: LossFunction,
     whole: WholeBatch,
     mtp_weight: float,
     precision: Precision,
@@ -261,6 +285,7 @@ def _forward_backward(
     work = _Work(
         state=state,
         batches=batches,
+        loss_function=loss,
         whole=whole,
         mtp_weight=mtp_weight,
         precision=precision,

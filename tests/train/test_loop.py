@@ -130,7 +130,7 @@ def test_a_snapshot_of_a_run_on_other_text_is_refused(without_extras: PretrainCo
     pretrain(without_extras, folder=tmp_path, stop_after_steps=2)
     marker = tmp_path / "corpus" / "corpus.json"
     marker.write_text(marker.read_text().replace('"duplicates": 0', '"duplicates": 1'))
-    with pytest.raises(SnapshotError, match=r"is not the one that .*step-000002 was trained on"):
+    with pytest.raises(SnapshotError, match=r"is not what .*step-000002 was trained on"):
         pretrain(without_extras, folder=tmp_path)
 
 

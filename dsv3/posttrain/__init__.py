@@ -1,0 +1,1 @@
+"""How a model is taught: supervised fine-tuning, rewards, GRPO (report 5)."""
