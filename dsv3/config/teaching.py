@@ -92,6 +92,11 @@ class GrpoConfig:
         require_not_negative(self, "clip_low", "kl_weight", "reference_every", "length_penalty", "seed")
         require_choice(self, "loss_mean", choices=LOSS_MEANS)
         require_choice(self, "old_logprobs", choices=OLD_LOGPROBS)
+        if self.temperature != 1 and self.old_logprobs == "engine":
+            raise ConfigError(
+                f"temperature = {self.temperature}: the engine's log-probabilities are those before temperature; use "
+                "old_logprobs = 'trainer', or temperature = 1"
+            )
         if self.group_size < 2:
             raise ConfigError(f"group_size = {self.group_size}; a group needs 2 answers to compare")
         if self.problems_per_iteration * self.group_size % self.updates_per_rollout:

@@ -35,6 +35,7 @@ class Outcome:
     work: Work
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    end: TokenLogprob | None = None
     num_accepted: int = 0
     finish_reason: FinishReason | None = None
     error: str = ""
@@ -252,15 +253,16 @@ class Engine:
             if constraint is not None or not sequence.sampler.is_plain:
                 allowed = None if constraint is None else constraint.allowed(vocab_size=self._vocab_size)
                 token = sequence.sampler.choose(logits[place], place=sequence.num_answer, allowed=allowed)
+            drawn_from = logits[place, : self._vocab_size]
             if self._ends(token, request):
                 outcome.finish_reason = FinishReason.END_OF_TEXT
+                if request.num_logprobs is not None:
+                    outcome.end = logprob_of(drawn_from, token, num_top=request.num_logprobs)
                 return
             if constraint is not None and not constraint.advance(token):
                 raise ConfigError(f"the grammar turned down token {token}, which it had allowed")
             if request.num_logprobs is not None:
-                outcome.logprobs.append(
-                    logprob_of(logits[place, : self._vocab_size], token, num_top=request.num_logprobs)
-                )
+                outcome.logprobs.append(logprob_of(drawn_from, token, num_top=request.num_logprobs))
             sequence.tokens.append(token)
             sequence.sampler.add(token)
             outcome.tokens.append(token)
@@ -371,6 +373,7 @@ class Engine:
             id=sequence.request.id,
             tokens=tuple(outcome.tokens),
             logprobs=tuple(outcome.logprobs),
+            end=outcome.end,
             prompt_logprobs=tuple(sequence.prompt_logprobs) if first_time else (),
             finish_reason=outcome.finish_reason,
             error=outcome.error,

@@ -60,6 +60,8 @@ class TokenEvent:
     """New tokens, several when drafts were accepted. The end token that finishes a request is not among them."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """One for each of `tokens` where they were asked for."""
+    end: TokenLogprob | None = None
+    """The end token that finishes a request, where log-probabilities were asked for."""
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     """In the first event, where asked for: one for each prompt token, None for the first."""
     finish_reason: FinishReason | None = None

@@ -50,6 +50,18 @@ def token_nll(
     return torch.cat(pieces) if pieces else hidden.new_zeros(0)
 
 
+@torch.no_grad()
+def token_entropy(
+    hidden: Float[Tensor, "token hidden"], *, weight: Float[Tensor, "vocab hidden"]
+) -> Float[Tensor, " token"]:
+    """Return the entropy of each token's prediction in nats; without gradients."""
+    pieces = []
+    for rows in _chunks(hidden.shape[0], weight.shape[0], device=hidden.device):
+        logprobs = _wide(hidden[rows] @ weight.T).log_softmax(-1)
+        pieces.append(-(logprobs.exp() * logprobs).sum(-1))
+    return torch.cat(pieces) if pieces else hidden.new_zeros(0)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -61,7 +61,7 @@ def test_files_of_every_kind_are_read(tmp_path):
     (tmp_path / "a.jsonl").write_text(lines + "{broken\n")
     with pytest.raises(DataError, match="line 5 is no JSON"):
         list(read_conversations(paths))
-    with pytest.raises(DataError, match="cannot read .*absent"):
+    with pytest.raises(DataError, match=r"cannot read .*absent"):
         list(read_conversations([str(tmp_path / "absent.jsonl")]))
 
 
