@@ -43,12 +43,10 @@ def sft(
     learning_rate: Annotated[float, typer.Option(min=0.0, help="At the beginning; a cosine leads from it.")] = 5e-6,
     final_rate: Annotated[float, typer.Option(min=0.0, help="At the end.")] = 1e-6,
     rows: Annotated[int, typer.Option(min=1, help="Packed rows of a step.")] = 8,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of a row. [default: the base's]")] = 0,
+    length: Annotated[int, typer.Option(min=0, help="Tokens of a row. [default: the base's]")] = 0,
     too_long: Annotated[str, typer.Option(help="What happens to longer conversations: drop or cut.")] = "drop",
     train_prompts: Annotated[bool, typer.Option(help="Train on what was asked, too.")] = False,
-    held_out: Annotated[
-        float, typer.Option(help="Share of the conversations that is scored instead of trained.")
-    ] = 0.0,
+    held_out: Annotated[float, typer.Option(help="Share of the conversations that is scored, not trained.")] = 0.0,
     assignments: SetOption = None,
 ) -> None:
     """Fine-tune on conversations: answers are trained, several conversations share a row and do not see each other.

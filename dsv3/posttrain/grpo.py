@@ -27,7 +27,8 @@ from dsv3.model.transformer import Transformer
 from dsv3.parallel.ranks import Alone
 from dsv3.posttrain.lesson import Lesson, open_lesson
 from dsv3.posttrain.policy import PolicyBatch, PolicyLoss, advantages_of
-from dsv3.posttrain.rewards import Problem, Reward, rewards_named
+from dsv3.posttrain.problem import Problem
+from dsv3.posttrain.rewards import Reward, rewards_named
 from dsv3.posttrain.rollout import Answer, draw_answers, runner_for
 from dsv3.posttrain.sft import data_hash
 from dsv3.posttrain.tasks import Task, task_named
@@ -357,7 +358,7 @@ def _seed(seed: int, iteration: int) -> int:
     return seed * 1_000_003 + iteration
 
 
-def _ignore(record: dict[str, Any]) -> None:  # noqa: ARG001
+def _ignore(record: dict[str, Any]) -> None:
     pass
 
 

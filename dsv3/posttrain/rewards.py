@@ -8,29 +8,15 @@ grpo(..., rewards=[Reward(name="short", weight=0.1, score=short)])
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import Any
 
 from dsv3.errors import ConfigError, MissingExtraError
+from dsv3.posttrain.problem import Problem
+from dsv3.posttrain.sandbox import code_passes
 
-Message = dict[str, Any]
 THINK = re.compile(r"\A\s*<think>(?P<thought>.+?)</think>(?P<answer>.+)\Z", re.DOTALL)
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """What is asked, and what the rules may know of the answer."""
-
-    messages: tuple[Message, ...]
-    answer: str = ""
-    """The one that is right, as text."""
-    name: str = ""
-    tests: tuple[str, ...] = ()
-    """Of a programming problem, assertions that its program must pass."""
-    more: dict[str, Any] = field(default_factory=dict)
-    """Whatever else a reward of the user's own reads."""
 
 
 Score = Callable[[Problem, str], float]
@@ -127,6 +113,7 @@ SCORES: dict[str, Score] = {
     "exact": answer_is_exact,
     "math": answer_is_equivalent,
     "format": thinks_first,
+    "code": code_passes,
 }
 
 

@@ -17,7 +17,7 @@ from dsv3.infer.runner import Runner, TorchRunner
 from dsv3.infer.sampler import SamplingParams
 from dsv3.model.transformer import Transformer
 from dsv3.native import engine as native_engine
-from dsv3.posttrain.rewards import Problem
+from dsv3.posttrain.problem import Problem
 
 PAGE_TOKENS = 16
 """Answers are short at first; a page that is half empty is memory lost."""

@@ -9,7 +9,7 @@ from random import Random
 
 from dsv3.data.chance import falls_below, hash_text
 from dsv3.errors import ConfigError, DataError
-from dsv3.posttrain.rewards import Problem
+from dsv3.posttrain.problem import Problem
 
 LARGEST_TERM = 99
 HELD_OUT_RATE = 0.1

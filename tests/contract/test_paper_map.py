@@ -134,10 +134,9 @@ def test_every_conformance_test_stands_in_the_map_and_says_what_it_catches():
 
 @pytest.mark.parametrize("number", range(1, 29))
 def test_every_equation_of_the_report_has_one_row(number):
-    """26 to 28 are GRPO's, and stand among what is not there yet until they are built."""
     found = [row for table in tables().values() for row in table if re.search(rf"\beq\. {number}\b", row[0])]
     assert len(found) == 1
-    assert found[0][-1] == ("here" if number <= 25 else "not there yet")
+    assert found[0][-1] == "here"
     if number <= 25:
         tests = [test for row in rows() if re.search(rf"\beq\. {number}\b", row.report) for test in row.tests]
         assert all(test.startswith(CONFORMANCE) for test in tests)

@@ -15,7 +15,8 @@ from dsv3.infer.loaded import load
 from dsv3.model.transformer import Transformer
 from dsv3.posttrain.grpo import Judged, grpo, grpo_settings, policy_batch
 from dsv3.posttrain.policy import PolicyLoss
-from dsv3.posttrain.rewards import Problem, Reward
+from dsv3.posttrain.problem import Problem
+from dsv3.posttrain.rewards import Reward
 from dsv3.posttrain.rollout import draw_answers, runner_for
 from dsv3.posttrain.tasks import Task, read_problems, split, task_named
 

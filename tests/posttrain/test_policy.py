@@ -16,7 +16,8 @@ from dsv3.errors import ConfigError
 from dsv3.model.transformer import Transformer
 from dsv3.posttrain.grpo import Judged, judge, policy_batch
 from dsv3.posttrain.policy import PolicyLoss, advantages_of, policy_terms
-from dsv3.posttrain.rewards import Problem, Reward
+from dsv3.posttrain.problem import Problem
+from dsv3.posttrain.rewards import Reward
 from dsv3.posttrain.rollout import Answer
 from dsv3.train.loss import WholeBatch
 
@@ -152,9 +153,7 @@ def test_advantages_have_mean_zero_and_deviation_one(rewards):
     assert sum(found) == pytest.approx(0, abs=1e-9)
     assert sum(a * a for a in found) / len(found) == pytest.approx(1)
     plain = advantages_of(rewards, scale_by_deviation=False)
-    assert [a - b for a, b in pairwise(plain)] == pytest.approx(
-        [a - b for a, b in pairwise(rewards)]
-    )
+    assert [a - b for a, b in pairwise(plain)] == pytest.approx([a - b for a, b in pairwise(rewards)])
 
 
 def test_groups_are_judged_by_themselves_and_what_was_cut_off_pays():

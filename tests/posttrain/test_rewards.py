@@ -6,8 +6,8 @@ import json
 import pytest
 
 from dsv3.errors import ConfigError
+from dsv3.posttrain.problem import Problem
 from dsv3.posttrain.rewards import (
-    Problem,
     answer_is_equivalent,
     answer_is_exact,
     answer_is_right,

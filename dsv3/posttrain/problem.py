@@ -1,0 +1,20 @@
+"""What is asked in post-training, and what rules may know of the answer."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What is asked, and what the rules may know of the answer."""
+
+    messages: tuple[Message, ...]
+    answer: str = ""
+    """The one that is right, as text."""
+    name: str = ""
+    tests: tuple[str, ...] = ()
+    """Of a programming problem, assertions that its program must pass."""
+    more: dict[str, Any] = field(default_factory=dict)
+    """Whatever else a reward of the user's own reads."""

@@ -1,0 +1,70 @@
+"""dsv3 sft and dsv3 grpo as they are typed."""
+
+import json
+
+import pytest
+
+from dsv3.cli.main import main
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as left:
+        main([str(argument) for argument in arguments])
+    return left.value.code
+
+
+@pytest.fixture(scope="module")
+def base(texts, tmp_path_factory):
+    from dataclasses import replace
+
+    from dsv3.train.loop import pretrain
+
+    from ..conftest import small_config
+
+    folder = tmp_path_factory.mktemp("base") / "run"
+    pretrain(replace(small_config(texts), total_tokens=2 * 4 * 32), folder=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    file = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    lines = [{"prompt": f"{n} + 1", "completion": str(n + 1)} for n in range(20)]
+    lines.append({"prompt": "far " * 40, "completion": "too long"})
+    file.write_text("\n".join(map(json.dumps, lines)))
+    return file
+
+
+def test_a_base_is_taught_and_then_finds_out_more(base, chats, tmp_path, capsys):
+    taught = tmp_path / "taught"
+    assert run("sft", base, "--data", chats, "--run", taught, "--rows", 2, "--learning-rate", 1e-2, "--epochs", 3) == 0
+    said = capsys.readouterr().out
+    assert "20 conversations of" in said
+    assert "1 longer than a row and dropped" in said
+    assert f"dsv3 chat {taught}" in said
+    options = ("--run", tmp_path / "rl", "--iterations", 2, "--problems", 2, "--group", 4, "--max-tokens", 4)
+    wanted = ("--reward", "answer=1", "--reward", "format=0.5", "--lesson", "held_out=5", "--lesson", "kl_weight=0.04")
+    assert run("grpo", taught, *options, *wanted) == 0
+    said = capsys.readouterr().out
+    assert "of 5 held-out problems: answer" in said
+    assert "finished after 2 iterations" in said
+    assert json.loads((tmp_path / "rl" / "grpo.json").read_text())["kl_weight"] == 0.04
+    assert run("chat", tmp_path / "rl", "--help") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("sft", "BASE", "--data", "absent.jsonl"), "cannot read absent.jsonl"),
+        (("sft", "NOWHERE", "--data", "CHATS"), "neither a run nor a model"),
+        (("grpo", "BASE", "--task", "poetry"), "no task 'poetry'"),
+        (("grpo", "BASE", "--reward", "truth"), "no reward 'truth'"),
+        (("grpo", "BASE", "--lesson", "group=3"), "unknown key 'group'"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(base, chats, tmp_path, capsys, arguments, told):
+    places = {"BASE": base, "NOWHERE": tmp_path, "CHATS": chats}
+    assert run(*(places.get(word, word) for word in arguments), "--run", tmp_path / "new") == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert "Traceback" not in error
