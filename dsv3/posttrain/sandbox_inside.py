@@ -137,18 +137,20 @@ def judge(job: dict[str, Any], *, output: io.StringIO) -> str:
         names.clear()
         names.update(own)
         scope["__builtins__"] = builtins
+        defined: dict[str, Any] = {}
         for test in job["tests"]:
             try:
-                run_test(test, scope=scope)
+                run_test(test, scope=scope, defined=defined)
             except BaseException as error:
                 return f"failed {test.strip()[:200]!r}: {type(error).__name__}: {error}"
     return "passed"
 
 
-def run_test(test: str, *, scope: dict[str, Any]) -> None:
+def run_test(test: str, *, scope: dict[str, Any], defined: dict[str, Any]) -> None:
     """Run a test, its comparisons by == made by us and of plain values alone.
 
-    Functions that it calls around what it asks for, such as `sorted`, are Python's, whatever the program calls so.
+    Functions that it calls around what it asks for, such as `sorted`, are Python's, whatever the program calls so. What
+    a test defines is there for those after it.
     """
     tree = ast.parse(test)
     asked = {
@@ -160,7 +162,9 @@ def run_test(test: str, *, scope: dict[str, Any]) -> None:
     }
     own = {name: value for name, value in scope.items() if name in asked or not hasattr(builtins, name)}
     tree = ast.fix_missing_locations(Compared().visit(tree))
-    exec(compile(tree, "test", "exec"), {**own, "__builtins__": builtins, "__dsv3_same__": same})
+    space = {**own, **defined, "__builtins__": builtins, "__dsv3_same__": same}
+    exec(compile(tree, "test", "exec"), space)
+    defined.update({name: value for name, value in space.items() if value is not scope.get(name)})
 
 
 class Compared(ast.NodeTransformer):
