@@ -11,7 +11,6 @@ from dsv3.data.chance import falls_below, hash_text
 from dsv3.errors import ConfigError, DataError
 from dsv3.posttrain.problem import Problem
 
-LARGEST_TERM = 99
 HELD_OUT_RATE = 0.1
 """Of all problems of a task, by a hash of what is asked: so the same ones whatever the order, and however many."""
 
@@ -100,12 +99,18 @@ def read_problems(path: Path) -> Iterator[Problem]:
 
 
 def _arithmetic(*, thinking: bool) -> Task:
-    """Sums of two numbers up to 99; with `thinking`, asked to think first."""
+    """Three numbers of one digit, the second added or taken away; with `thinking`, asked to think first."""
     hint = "Think, then answer: " if thinking else ""
+    asked = [
+        (f"{a} {sign} {b} + {c}", a + b + c if sign == "+" else a - b + c)
+        for sign in "+-"
+        for a in range(10)
+        for b in range(10)
+        for c in range(10)
+    ]
     problems = [
-        Problem(messages=({"role": "user", "content": f"{hint}{a} + {b}"},), answer=str(a + b), name=f"{a} + {b}")
-        for a in range(LARGEST_TERM + 1)
-        for b in range(LARGEST_TERM + 1)
+        Problem(messages=({"role": "user", "content": f"{hint}{text}"},), answer=str(answer), name=text)
+        for text, answer in asked
     ]
     return split(problems, name="thinking" if thinking else "arithmetic")
 

@@ -269,6 +269,54 @@ def health_pictures(record: RunRecord) -> list[Picture]:
     return pictures
 
 
+def answer_pictures(record: RunRecord) -> list[Picture]:
+    """Rewards, distance, entropy and length over the iterations of GRPO."""
+    if not record.iterations:
+        return []
+    x = [number(entry.get("iteration")) for entry in record.iterations]
+    names = [name for name in record.iterations[-1].get("scores", {}) if isinstance(name, str)]
+    lines = []
+    for place, name in enumerate(names):
+        colour = f"series-{place % NUM_COLOURS}"
+        drawn = [number((entry.get("scores") or {}).get(name)) for entry in record.iterations]
+        held_out = [number((entry.get("scores") or {}).get(name)) for entry in record.trials]
+        at = [number(entry.get("iteration")) for entry in record.trials]
+        lines.append(Line(x=x, y=drawn, is_faint=True, colour=colour))
+        lines.append(Line(x=at, y=held_out, label=f"{name}, held out", colour=colour))
+    pictures = [
+        Picture(
+            title="Rewards",
+            look_for=(
+                "Pale: the mean over answers drawn in training. Strong: held-out problems, answered greedily. Both "
+                "should rise together; training alone rising means that problems are learned by heart."
+            ),
+            chart=line_chart(lines, name="rewards", y_label="mean reward", x_label="iteration"),
+        )
+    ]
+    for key, title, label, look_for in (
+        ("kl", "Distance", "KL to the reference", "A slow rise. A jump means that the policy left what it was taught."),
+        (
+            "entropy",
+            "Entropy",
+            "nats a token",
+            "Falling as answers become certain; near 0 nothing new is tried any more.",
+        ),
+        ("length", "Length", "tokens an answer", "Sane: neither grown to the limit nor shrunk to nothing."),
+        (
+            "alike_groups",
+            "Groups that teach nothing",
+            "share of groups",
+            "Groups whose answers are all worth the same.",
+        ),
+    ):
+        values = [number(entry.get(key)) for entry in record.iterations]
+        if has_values(values) and any(values):
+            lines = [Line(x=x, y=values, is_faint=True), Line(x=x, y=smooth(values), label="running average")]
+            chart = line_chart(lines, name=key, y_label=label, x_label="iteration", y_limits=(0.0, None), is_half=True)
+            pictures.append(Picture(title=title, look_for=look_for, chart=chart, is_half=True))
+    return pictures
+
+
 def violation_picture(record: RunRecord) -> Picture | None:
     """MaxVio of each layer over the steps."""
     x = [number(entry.get("step")) for entry in record.steps]

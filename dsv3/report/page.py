@@ -79,6 +79,7 @@ def render(record: RunRecord) -> str:
         ),
         "violation": figures.violation_picture(record),
         "heatmaps": figures.heatmaps(record),
+        "answers": figures.answer_pictures(record),
         "machinery": [*figures.schedule_pictures(record), *figures.health_pictures(record)],
         "positions": figures.position_picture(record),
         "corpus": corpus(record),
@@ -88,6 +89,7 @@ def render(record: RunRecord) -> str:
     anchors = [
         ("baselines", "Baselines", parts["comparison"]),
         ("learning", "Learning", parts["learning"]),
+        ("answers", "Answers", parts["answers"]),
         ("experts", "Experts", parts["violation"] or parts["heatmaps"]),
         ("machinery", "Schedules", parts["machinery"]),
         ("context", "Long context", parts["positions"]),
@@ -129,6 +131,15 @@ def title(record: RunRecord) -> str:
 
 def lead(record: RunRecord) -> str:
     """Say in two sentences what happened."""
+    if record.iterations:
+        last = record.iterations[-1]
+        words = f"The model has answered problems in {last.get('iteration', '?')} iterations"
+        words += " and learned from what the answers were worth."
+        scores = record.trials[-1].get("scores") if record.trials else None
+        if isinstance(scores, dict) and scores:
+            told = ", ".join(f"{name} {number(score):.2f}" for name, score in scores.items())
+            words += f" Held-out problems, answered greedily, now score: {told}."
+        return words
     if not record.steps:
         return "This run has not taken a training step yet."
     words = (
@@ -151,7 +162,7 @@ def lead(record: RunRecord) -> str:
 
 def state(record: RunRecord) -> str:
     """Say that a run is not finished; empty when it is, or when its length is not known."""
-    if record.is_finished or not record.total_tokens:
+    if record.is_finished or not record.total_tokens or record.lesson:
         return ""
     share = 100 * record.tokens / record.total_tokens
     return (

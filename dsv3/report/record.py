@@ -28,6 +28,10 @@ class RunRecord:
     loads: list[Entry]
     validations: list[Entry]
     resumes: list[Entry]
+    iterations: list[Entry]
+    """Of GRPO: what each rollout was worth and what was learned from it."""
+    trials: list[Entry]
+    """Of GRPO: how held-out problems were answered."""
     samples: list[Entry]
     """Continuations made while training and, last, those drawn at the end."""
     corpus: PreparedCorpus | None
@@ -35,6 +39,8 @@ class RunRecord:
     """What `dsv3 evaluate` or the quickstart wrote to evaluation.json; empty when it has not run."""
     extension: dict[str, Any]
     """What `dsv3 extend` or the quickstart wrote to extension.json; empty when the context has not been lengthened."""
+    lesson: str
+    """'sft' or 'grpo' of a run that was taught, else empty."""
     notes: tuple[str, ...]
     """Sentences on what is missing or unreadable."""
 
@@ -78,12 +84,13 @@ def read_run(folder: Path) -> RunRecord:
     notes: list[str] = []
     config = read_object(folder / "config.json", notes=notes, what="the resolved configuration")
     entries = read_lines(folder / "metrics.jsonl", notes=notes)
-    if not any(entry.get("kind") == "step" for entry in entries):
+    if not any(entry.get("kind") in ("step", "grpo") for entry in entries):
         notes.append("No training step has been recorded yet (metrics.jsonl).")
+    lesson = next((name for name in ("sft", "grpo") if (folder / f"{name}.json").exists()), "")
     evaluation: dict[str, Any] = {}
     if (folder / "evaluation.json").exists():
         evaluation = read_object(folder / "evaluation.json", notes=notes, what="the evaluation")
-    else:
+    elif not lesson:
         notes.append("The model has not been compared with the baselines yet (evaluation.json).")
     extension: dict[str, Any] = {}
     if (folder / "extension.json").exists():
@@ -99,8 +106,11 @@ def read_run(folder: Path) -> RunRecord:
         loads=by_kind.get("load", []),
         validations=by_kind.get("validation", []),
         resumes=by_kind.get("resume", []),
+        iterations=by_kind.get("grpo", []),
+        trials=by_kind.get("grpo_validation", []),
+        lesson=lesson,
         samples=distinct(by_kind.get("sample", []) + [entry for entry in closing if "text" in entry]),
-        corpus=read_corpus(folder / "corpus", notes=notes),
+        corpus=read_corpus(folder / "corpus", notes=[] if lesson else notes),
         evaluation=evaluation,
         extension=extension,
         notes=tuple(notes),

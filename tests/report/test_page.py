@@ -192,3 +192,27 @@ def test_settings_are_written_for_a_reader(value, text):
 
 def test_byte_sizes_are_decimal():
     assert [byte_size(count) for count in (812, 35_100, 7_200_000)] == ["812 B", "35.1 KB", "7.2 MB"]
+
+
+def test_a_run_that_was_rewarded_shows_its_answers(tmp_path):
+    records = [
+        {
+            "kind": "grpo",
+            "step": n,
+            "iteration": n,
+            "scores": {"answer": n / 10},
+            "kl": 0.01 * n,
+            "entropy": 1.0,
+            "length": 3,
+        }
+        for n in range(1, 6)
+    ]
+    records.append({"kind": "grpo_validation", "step": 5, "iteration": 5, "scores": {"answer": 0.5}})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "config.json").write_text(json.dumps({"total_tokens": 1000}))
+    (tmp_path / "grpo.json").write_text("{}")
+    page = write_report(tmp_path).read_text()
+    assert "answered problems in 5 iterations" in page
+    assert "answer 0.50" in page
+    assert 'id="answers"' in page
+    assert "not finished" not in page
