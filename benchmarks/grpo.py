@@ -40,7 +40,7 @@ FOLDER = Path(__file__).parents[1] / "runs" / "grpo"
 PICTURE = Path(__file__).parent / "results" / "grpo.png"
 SEEDS = (0, 1, 2)
 EPOCHS, ITERATIONS = 12, 800
-SFT_RATES, GRPO_RATE = (3e-3, 1e-3), 3e-4
+SFT_RATES, GRPO_RATE = (3e-3, 1e-3), 1.2e-4
 BEGINS_BELOW, ENDS_ABOVE, MINUTES = 0.4, 0.9, 20.0
 
 

@@ -27,31 +27,21 @@ from training_peers.sizes import Size
 from training_peers.system import PeerSystem, System
 
 from dsv3.batch import TokenBatch
-from dsv3.config import ModelConfig, PrecisionConfig, PretrainConfig, RuntimeConfig
+from dsv3.config import PrecisionConfig, PretrainConfig, RuntimeConfig
 from dsv3.config.published import published_from_model_config
 from dsv3.plan.counts import training_flops_per_token
+from dsv3.recipes import small
 from dsv3.train.resume import new_state
 from dsv3.train.step import train_step
 
 LENGTH = 4096
 ROWS = 4
-SMALL = ModelConfig(
+SMALL = replace(
+    small().model,
     vocab_size=32_768,
-    hidden_size=512,
     num_hidden_layers=7,
-    num_attention_heads=8,
     q_lora_rank=192,
-    kv_lora_rank=128,
-    qk_nope_head_dim=64,
-    qk_rope_head_dim=32,
-    v_head_dim=64,
-    intermediate_size=1408,
-    moe_intermediate_size=128,
     first_k_dense_replace=1,
-    n_routed_experts=64,
-    num_experts_per_tok=8,
-    n_group=8,
-    topk_group=4,
     num_nextn_predict_layers=0,
 )
 LARGE = replace(

@@ -29,6 +29,9 @@ from dsv3.config import (
 torch.set_num_threads(1)
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
     os.environ.setdefault(variable, "1")  # For the processes that tests start.
+if not torch.cuda.is_available():
+    # Triton's kernels are interpreted, which is decided when Triton is first imported, by whatever test comes first.
+    os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # Tests fork; a thread pool does not survive that.
 
 # A shared machine makes single examples slow now and then; a deadline would call that a failure.

@@ -49,7 +49,8 @@ def weight_gradients(
 
 def _goes_to_torch(rows: Tensor, others: Tensor) -> bool:
     """Whether torch multiplies all groups at once: BF16 on a GPU that has its kernel, rows there are, and aligned."""
-    if rows.device.type != "cuda" or rows.dtype != torch.bfloat16 or not rows.shape[0]:
+    has_memory = type(rows) is Tensor and rows.device.type == "cuda"
+    if not has_memory or rows.dtype != torch.bfloat16 or not rows.shape[0]:
         return False
     aligned = all(
         stride == 1 or stride * x.element_size() % GROUPED_BYTES == 0 for x in (rows, others) for stride in x.stride()

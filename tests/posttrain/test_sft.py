@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from dsv3.batch import IGNORE
 from dsv3.checkpoint.published import load_published
-from dsv3.config import ModelConfig
 from dsv3.config.files import read_config
 from dsv3.config.teaching import SftConfig
 from dsv3.data.chat_data import TaughtTokens
@@ -20,6 +19,8 @@ from dsv3.infer.loaded import load
 from dsv3.model.transformer import Transformer
 from dsv3.posttrain.sft import TaughtRows, batch_of, held_out_loss, pack, rows_of_step, sft, sft_settings, taught_rows
 from dsv3.train.loss import WholeBatch, pretraining_loss
+
+from ..infer.conftest import TINY
 
 
 def samples_of(lengths, *, vocab=50, seed=0):
@@ -45,26 +46,7 @@ def test_packing_keeps_every_sample_once_and_wastes_less_than_half(lengths):
     assert sum(sorted(sizes)[:2]) > 30 or len(rows) == 1  # or the two emptiest rows would have been one
 
 
-MODEL = ModelConfig(
-    vocab_size=50,
-    hidden_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    q_lora_rank=8,
-    kv_lora_rank=8,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=4,
-    v_head_dim=8,
-    intermediate_size=32,
-    moe_intermediate_size=8,
-    first_k_dense_replace=1,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-    n_group=2,
-    topk_group=1,
-    max_position_embeddings=64,
-    initializer_range=0.2,
-)
+MODEL = replace(TINY, vocab_size=50, initializer_range=0.2)
 
 
 def test_packed_conversations_have_the_loss_and_the_gradients_of_each_alone(small_run):
