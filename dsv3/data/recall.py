@@ -28,10 +28,6 @@ CYCLE_CHARACTERS = 600
 """Of a document of cycles, or so."""
 CYCLE_WORDS = (4, 16)
 """Words of a cycle, at least and at most."""
-FEW_WORDS = (2, 5)
-"""Different words of a cycle that has only a few, at least and at most."""
-FEW_SHARE = 0.5
-"""Of the cycles, so many have only a few words: which comes next then hangs on several before it, not on the last."""
 COMMON_WORDS = 250
 """So many words are common: half of those of cycles. Recall is learned from them first, and from all others then."""
 NEAREST = 60
@@ -64,9 +60,6 @@ def cycle_documents(text: Sequence[str], *, seed: int = 0) -> Iterator[Document]
         cycle = random.sample(common, random.randint(*CYCLE_WORDS))
         for place in range(1, len(cycle), 2):
             cycle[place] = random.choice((random.choice(others), str(random.randrange(10 ** random.randint(1, 6)))))
-        if random.random() < FEW_SHARE:
-            few = cycle[: random.randint(*FEW_WORDS)]
-            cycle = [random.choice(few) for _ in range(random.randint(*CYCLE_WORDS))]
         times = 1 + CYCLE_CHARACTERS // len(" ".join(cycle))
         yield Document(name=f"cycle#{number}", text=" ".join(cycle * times))
 
