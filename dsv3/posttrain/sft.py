@@ -171,6 +171,8 @@ def _teach(
             started = time.perf_counter()
             rows = rows_of_step(taught, lesson=lesson, step=state.step, seed=run.config.runtime.seed)
             metrics = train_step(state, batches=_batches(run, rows=rows))
+            # Rows that only keep ranks busy move no schedule.
+            state.tokens -= -len(rows) % state.ranks.row_size * sum(len(one.inputs) for one in rows[0])
             taken += 1
             tell(run.log.step(metrics, seconds=time.perf_counter() - started))
             if taught.held_out and state.step % epoch_steps == 0:

@@ -1,6 +1,8 @@
 """dsv3 sft and dsv3 grpo as they are typed."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -68,3 +70,18 @@ def test_mistakes_are_told_in_a_line(base, chats, tmp_path, capsys, arguments, t
     error = capsys.readouterr().err
     assert told in error
     assert "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_two_ranks_teach_what_one_does(base, chats, tmp_path):
+    """Seven rows do not divide over two ranks: one of them reads a row that is not trained."""
+    options = ["--data", chats, "--rows", 4, "--length", 32, "--epochs", 2, "--learning-rate", 1e-2]
+    dsv3 = ["-c", "from dsv3.cli.main import main; main()", "sft", base, *options]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--no-python", "--", sys.executable]
+    losses = []
+    for name, start in (("one", []), ("two", torchrun)):
+        command = [sys.executable, *start, *dsv3, "--run", tmp_path / name]
+        subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=120)
+        records = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        losses.append([record["loss"] for record in records if record["kind"] == "step"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
