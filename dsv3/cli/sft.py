@@ -9,7 +9,7 @@ import typer
 from dsv3.cli.pretrain import INTERRUPTED
 from dsv3.cli.run_settings import SetOption
 from dsv3.config import PretrainConfig
-from dsv3.config.files import read_config
+from dsv3.config.files import read_config, read_json
 from dsv3.config.override import apply_overrides
 from dsv3.config.published import model_config_from_published
 from dsv3.config.teaching import SftConfig
@@ -90,8 +90,6 @@ def settings_of(base: Path) -> PretrainConfig:
     """
     if not (base / "config.json").is_file():
         raise ConfigError(f"{base} is neither a run nor a model: it has no config.json")
-    from dsv3.config.files import read_json
-
     values = read_json(base / "config.json")
     if isinstance(values.get("model"), dict):
         return read_config(base / "config.json")

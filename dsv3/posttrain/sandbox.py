@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import platform
+import secrets
 import signal
 import subprocess
 import sys
@@ -97,6 +98,7 @@ def _run(program: str, *, tests: list[str] | None, stdin: str, limits: Limits) -
 def _start(program: str, *, tests: list[str] | None, stdin: str, limits: Limits) -> Verdict | str:
     """Return the verdict, or why the walls could not be made."""
     reading, writing = os.pipe()
+    proof = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="dsv3-sandbox-") as root, os.fdopen(reading, "rb") as verdict:
         job = {
             "program": program,
@@ -107,6 +109,7 @@ def _start(program: str, *, tests: list[str] | None, stdin: str, limits: Limits)
             "memory": limits.memory,
             "cpu_seconds": max(1, round(limits.seconds)),
             "output": OUTPUT_BYTES,
+            "proof": proof,
         }
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(INSIDE), str(writing)],
@@ -131,6 +134,8 @@ def _start(program: str, *, tests: list[str] | None, stdin: str, limits: Limits)
             said = json.loads(verdict.read())
         except ValueError:
             return Verdict(passed=False, reason="it ended before its tests did", output="")
+        if not isinstance(said, dict) or said.get("proof") != proof:
+            return Verdict(passed=False, reason="it wrote a verdict of its own", output="")
         passed = said["said"] in ("passed", "ended")
         return Verdict(passed=passed, reason=said["said"], output=said["output"])
 

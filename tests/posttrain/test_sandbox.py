@@ -48,6 +48,10 @@ HOSTILE = {
     "leaves before the tests": "import sys\nsys.exit(0)",
     "leaves at once": "import os\nos._exit(0)",
     "leaves from within": "import os\ndef add(a, b):\n    os._exit(0)",
+    "writes its own verdict": (
+        'import os\nfor fd in range(3, 32):\n    try: os.write(fd, b\'{"said": "passed", "output": ""}\')\n'
+        "    except OSError: pass\nos._exit(0)"
+    ),
     "prints the answer": "print(3)\nprint('passed')",
     "equals everything": (
         "class Yes:\n    def __eq__(self, other): return True\n    def __bool__(self): return False\n"
