@@ -6,18 +6,13 @@ def short(problem: Problem, answer: str) -> float:
 grpo(..., rewards=[Reward(name="short", weight=0.1, score=short)])
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
 
 from dsv3.errors import ConfigError, MissingExtraError
+from dsv3.evals.final_answer import THINK, final_answer, same_answer
+from dsv3.evals.sandbox import program_in, run_tests
 from dsv3.posttrain.problem import Problem
-from dsv3.posttrain.sandbox import code_passes
-
-THINK = re.compile(r"\A\s*<think>(?P<thought>.+?)</think>(?P<answer>.+)\Z", re.DOTALL)
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
-
 
 Score = Callable[[Problem, str], float]
 
@@ -31,47 +26,10 @@ class Reward:
     weight: float = 1.0
 
 
-def final_answer(text: str) -> str | None:
-    r"""Return what a text gives as its answer: the last `\boxed{...}`, what follows `####`, else its last number.
-
-    What is thought between <think> and </think> is no answer.
-    """
-    thought = THINK.match(text)
-    said = thought["answer"] if thought else text
-    if (box := _last_box(said)) is not None:
-        return box
-    if "####" in said:
-        return said.rsplit("####", 1)[1].strip().split("\n")[0].strip()
-    numbers = NUMBER.findall(said)
-    return numbers[-1] if numbers else None
-
-
 def answer_is_right(problem: Problem, answer: str) -> float:
     """1 if the final answer of the text is that of the problem: the same text, or the same number."""
     found = final_answer(answer)
     return float(found is not None and same_answer(found, problem.answer))
-
-
-def same_answer(found: str, wanted: str) -> bool:
-    """Tell whether two answers are the same text, but for space and a full stop, or the same number."""
-    a, b = (one.strip().rstrip(".").strip() for one in (found, wanted))
-    if a == b:
-        return True
-    numbers = [as_number(one) for one in (a, b)]
-    return None not in numbers and numbers[0] == numbers[1]
-
-
-def as_number(text: str) -> Decimal | None:
-    """Return a number written with or without commas, a currency, a percent sign or as a fraction; else None."""
-    plain = text.replace(",", "").replace("$", "").replace("%", "").strip()
-    try:
-        if "/" in plain:
-            above, below = (Decimal(part) for part in plain.split("/"))
-            return above / below if below else None
-        number = Decimal(plain)
-    except (InvalidOperation, ValueError):
-        return None
-    return number if number.is_finite() else None
 
 
 def answer_is_exact(problem: Problem, answer: str) -> float:
@@ -108,6 +66,11 @@ def thinks_first(problem: Problem, answer: str) -> float:  # noqa: ARG001
     )
 
 
+def code_passes(problem: Problem, answer: str) -> float:
+    """1 if the program in an answer passes the tests of the problem."""
+    return float(bool(problem.tests) and run_tests(program_in(answer), tests=problem.tests).passed)
+
+
 SCORES: dict[str, Score] = {
     "answer": answer_is_right,
     "exact": answer_is_exact,
@@ -135,16 +98,3 @@ def rewards_named(wanted: Sequence[str]) -> list[Reward]:
         except ValueError:
             raise ConfigError(f"the reward {one!r} has no weight; write it as {name}=1") from None
     return rewards
-
-
-def _last_box(text: str) -> str | None:
-    r"""Return what is in the last `\boxed{...}`, braces within it balanced; None where there is none whole."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth, begin = 0, start + len("\\boxed{")
-    for place in range(begin - 1, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
-        if depth == 0:
-            return text[begin:place].strip()
-    return None

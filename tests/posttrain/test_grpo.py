@@ -44,7 +44,7 @@ LESSON = GrpoConfig(
     held_out=2,
 )
 VARIED = Reward(name="varied", score=lambda problem, text: sum(map(ord, text)) % 7 / 7)
-SHORT = Reward(name="short", score=lambda problem, text: -len(text) / 10)
+LONG = Reward(name="long", score=lambda problem, text: len(text) / 10)
 
 
 def records_of(folder, kind):
@@ -118,11 +118,12 @@ def test_a_run_learns_stops_and_goes_on_as_one_left_alone(settings, tmp_path):
 
 
 def test_what_is_rewarded_is_learned(settings, tmp_path):
-    """Shorter answers are worth more; a model of 24,000 weights finds out within a dozen iterations."""
+    """Answers without end are worth most; a model of 24,000 weights finds out within a dozen iterations."""
     lesson = replace(LESSON, iterations=12, kl_weight=0.0, problems_per_iteration=4, updates_per_rollout=1)
-    result = grpo(settings, folder=tmp_path / "run", lesson=lesson, task=TASK, rewards=[SHORT])
+    result = grpo(settings, folder=tmp_path / "run", lesson=lesson, task=TASK, rewards=[LONG])
     lengths = [record["length"] for record in records_of(result.folder, "grpo")]
-    assert sum(lengths[-3:]) < 0.6 * sum(lengths[:3])
+    assert lengths[-1] > 1.5 * lengths[0]
+    assert lengths[-1] > 0.9 * lesson.max_answer_tokens
 
 
 def test_groups_that_are_alike_teach_nothing_and_are_counted(settings, tmp_path):
@@ -187,7 +188,7 @@ def test_files_of_problems_are_read_and_faults_named(tmp_path):
 def test_a_prompt_that_leaves_no_room_is_refused(settings, tmp_path):
     with pytest.raises(ConfigError, match="use fewer max_answer_tokens"):
         grpo(
-            settings, folder=tmp_path / "run", lesson=replace(LESSON, max_answer_tokens=500), task=TASK, rewards=[SHORT]
+            settings, folder=tmp_path / "run", lesson=replace(LESSON, max_answer_tokens=500), task=TASK, rewards=[LONG]
         )
 
 

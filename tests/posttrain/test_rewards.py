@@ -6,14 +6,13 @@ import json
 import pytest
 
 from dsv3.errors import ConfigError
+from dsv3.evals.final_answer import final_answer, same_answer
 from dsv3.posttrain.problem import Problem
 from dsv3.posttrain.rewards import (
     answer_is_equivalent,
     answer_is_exact,
     answer_is_right,
-    final_answer,
     rewards_named,
-    same_answer,
     thinks_first,
 )
 

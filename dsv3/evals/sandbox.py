@@ -19,7 +19,6 @@ from functools import cache
 from pathlib import Path
 
 from dsv3.errors import ConfigError
-from dsv3.posttrain.problem import Problem
 
 INSIDE = Path(__file__).with_name("sandbox_inside.py")
 WALL_FAILED = 71
@@ -61,12 +60,11 @@ def run_on_input(program: str, *, stdin: str, limits: Limits | None = None) -> V
     return _run(program, tests=None, stdin=stdin, limits=limits or Limits())
 
 
-def code_passes(problem: Problem, answer: str) -> float:
-    """1 if the program in an answer passes the tests of the problem: the last fenced block, else all of it."""
-    thought = answer.rsplit("</think>", 1)[-1]
-    parts = thought.split("```")
-    program = parts[-2].removeprefix("python").removeprefix("py") if len(parts) >= 3 else thought
-    return float(bool(problem.tests) and run_tests(program, tests=problem.tests).passed)
+def program_in(answer: str) -> str:
+    """Return the program in an answer: its last fenced block, else all of it; a thought before </think> is none."""
+    said = answer.rsplit("</think>", 1)[-1]
+    parts = said.split("```")
+    return parts[-2].removeprefix("python").removeprefix("py") if len(parts) >= 3 else said
 
 
 @cache

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from dsv3.errors import ConfigError
-from dsv3.posttrain import sandbox
+from dsv3.evals import sandbox
+from dsv3.evals.sandbox import Limits, run_on_input, run_tests, why_no_sandbox
 from dsv3.posttrain.problem import Problem
-from dsv3.posttrain.sandbox import Limits, code_passes, run_on_input, run_tests, why_no_sandbox
+from dsv3.posttrain.rewards import code_passes
 
 ADD = "def add(a, b):\n    return a + b\n"
 TESTS = ("assert add(1, 2) == 3", "assert add('a', 'b') == 'ab'", "assert not add(0, 0)")
