@@ -19,13 +19,25 @@ from dsv3.config import EngineConfig
 from dsv3.errors import CheckpointError, ConfigError, Dsv3Error
 from dsv3.infer.request import EngineStats, FinishReason, Request, TokenEvent, TokenLogprob
 from dsv3.infer.runner import Runner
-from dsv3.infer.sampler import NOT_NUMBERS, TokenSampler
+from dsv3.infer.sampler import NOT_NUMBERS, TokenSampler, draw_freely
 from dsv3.infer.scheduler import Scheduler, Work
 from dsv3.infer.sequence import Sequence
 from dsv3.infer.speculation import Chain, Drafter, DraftLength
 from dsv3.runtime.log import get_logger
 
 log = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """What is known of one row of logits before its sequence is looked at."""
+
+    best: float
+    """The highest logit."""
+    token: int
+    """What is drawn, or, unless `is_drawn`, the likeliest token."""
+    is_drawn: bool
+    logprob: TokenLogprob | None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -213,56 +225,90 @@ class Engine:
         logits = torch.empty(0, self._vocab_size)
         if rows:
             logits = self._runner.logits(states.hidden.index_select(0, torch.tensor(rows, device=states.hidden.device)))
-        best, tokens = logits[:, : self._vocab_size].max(dim=1)
-        likeliest = list(zip(best.tolist(), tokens.tolist(), strict=True))
+        offers = self._offers(works, logits=logits[:, : self._vocab_size], counts=[len(mine) for mine in wanted])
         begin = 0
         for outcome, mine, (first, end) in zip(outcomes, wanted, pairwise(starts), strict=True):
             work = outcome.work
             part = slice(begin, begin + len(mine))
             begin += len(mine)
-            self._take(outcome, logits=logits[part], likeliest=likeliest[part])
+            self._take(outcome, logits=logits[part], offers=offers[part])
             if outcome.finish_reason is None and self._drafter.num_modules:
                 standing = min(work.first + work.num_tokens, len(work.sequence.tokens) - 1) - work.first
                 self._drafter.keep(work.sequence, states.handed_on[first:end][:standing], first=work.first)
 
-    def _take(
-        self, outcome: Outcome, *, logits: Float[Tensor, "row vocab"], likeliest: Items[tuple[float, int]]
-    ) -> None:
+    def _offers(self, works: Items[Work], *, logits: Float[Tensor, "row vocab"], counts: Items[int]) -> list[Offer]:
+        """Return what can be said of all rows at once, `counts` of them for each sequence.
+
+        The likeliest token is drawn where nothing else is asked for, and so are draws from all tokens; their
+        log-probabilities come with them where no others are wanted.
+        """
+        best, likeliest = logits.max(dim=1)
+        tokens = likeliest.tolist()
+        is_drawn, is_told = [False] * len(tokens), [False] * len(tokens)
+        free: dict[int, tuple[int, int, float]] = {}
+        end = 0
+        for work, count in zip(works, counts, strict=True):
+            sequence, end = work.sequence, end + count
+            request, sampler = sequence.request, sequence.sampler
+            if request.constraint is not None or not (sampler.is_plain or sampler.is_free):
+                continue
+            first = end - len(drawn_rows(work))
+            for row in range(first, end):
+                is_drawn[row], is_told[row] = True, request.num_logprobs == 0
+                if sampler.is_free:
+                    free[row] = (sampler.seed, sequence.num_answer + row - first, request.params.temperature)
+        if free:
+            seeds, places, temperatures = zip(*free.values(), strict=True)
+            drawn = draw_freely(logits[list(free)], seeds=seeds, places=places, temperatures=temperatures)
+            for row, token in zip(free, drawn, strict=True):
+                tokens[row] = token
+        logprobs: dict[int, TokenLogprob] = {}
+        if told := [row for row, is_so in enumerate(is_told) if is_so]:
+            chosen = torch.tensor([tokens[row] for row in told], device=logits.device)
+            values = logits[told].log_softmax(dim=-1).gather(1, chosen[:, None])[:, 0].tolist()
+            logprobs = {
+                row: TokenLogprob(token=tokens[row], logprob=value, top=())
+                for row, value in zip(told, values, strict=True)
+            }
+        return [
+            Offer(best=value, token=token, is_drawn=done, logprob=logprobs.get(row))
+            for row, (value, token, done) in enumerate(zip(best.tolist(), tokens, is_drawn, strict=True))
+        ]
+
+    def _take(self, outcome: Outcome, *, logits: Float[Tensor, "row vocab"], offers: Items[Offer]) -> None:
         """Draw and commit tokens of one sequence: one more than drafts that were right."""
         work, sequence = outcome.work, outcome.work.sequence
         try:
             skipped = self._score_prompt(work, logits)
             sequence.num_computed = work.first + work.count
             if work.reaches_end:
-                self._draw(outcome, logits=logits[skipped:], likeliest=likeliest[skipped:])
+                self._draw(outcome, logits=logits[skipped:], offers=offers[skipped:])
         except Dsv3Error as error:
             outcome.fail(error)
         except Exception as error:  # A grammar is foreign code; what breaks in it ends its own request.
             log.exception("request %s failed", sequence.request.id)
             outcome.fail(error)
 
-    def _draw(
-        self, outcome: Outcome, *, logits: Float[Tensor, "row vocab"], likeliest: Items[tuple[float, int]]
-    ) -> None:
+    def _draw(self, outcome: Outcome, *, logits: Float[Tensor, "row vocab"], offers: Items[Offer]) -> None:
         """Draw token after token for as long as the drafts agree with what is drawn."""
         sequence, drafts = outcome.work.sequence, outcome.work.drafts
         request, constraint = sequence.request, sequence.request.constraint
-        for place, (best, token) in enumerate(likeliest):
-            if not math.isfinite(best):
+        for place, offer in enumerate(offers):
+            if not math.isfinite(offer.best):
                 raise CheckpointError(NOT_NUMBERS)
-            if constraint is not None or not sequence.sampler.is_plain:
+            token, logprob = offer.token, offer.logprob
+            if not offer.is_drawn:
                 allowed = None if constraint is None else constraint.allowed(vocab_size=self._vocab_size)
                 token = sequence.sampler.choose(logits[place], place=sequence.num_answer, allowed=allowed)
-            drawn_from = logits[place, : self._vocab_size]
+            if request.num_logprobs is not None and logprob is None:
+                logprob = logprob_of(logits[place, : self._vocab_size], token, num_top=request.num_logprobs)
             if self._ends(token, request):
-                outcome.finish_reason = FinishReason.END_OF_TEXT
-                if request.num_logprobs is not None:
-                    outcome.end = logprob_of(drawn_from, token, num_top=request.num_logprobs)
+                outcome.finish_reason, outcome.end = FinishReason.END_OF_TEXT, logprob
                 return
             if constraint is not None and not constraint.advance(token):
                 raise ConfigError(f"the grammar turned down token {token}, which it had allowed")
-            if request.num_logprobs is not None:
-                outcome.logprobs.append(logprob_of(drawn_from, token, num_top=request.num_logprobs))
+            if logprob is not None:
+                outcome.logprobs.append(logprob)
             sequence.tokens.append(token)
             sequence.sampler.add(token)
             outcome.tokens.append(token)
@@ -403,8 +449,12 @@ def prompt_rows(work: Work) -> range:
 
 def rows_wanted(work: Work) -> list[int]:
     """Return the rows whose logits are needed: of the prompt where asked for, then those that are drawn from."""
-    drawn = range(work.count - 1, work.num_tokens) if work.reaches_end else range(0)
-    return [*prompt_rows(work), *drawn]
+    return [*prompt_rows(work), *drawn_rows(work)]
+
+
+def drawn_rows(work: Work) -> range:
+    """Return the rows of a pass that are drawn from: the last one read, and every draft."""
+    return range(work.count - 1, work.num_tokens) if work.reaches_end else range(0)
 
 
 def logprob_of(logits: Float[Tensor, " vocab"], token: int, *, num_top: int) -> TokenLogprob:

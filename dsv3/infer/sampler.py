@@ -20,6 +20,8 @@ from torch import Tensor
 from dsv3.errors import CheckpointError, ConfigError
 
 _STEP = np.uint64(0x9E3779B97F4A7C15)
+DRAWN_AT_ONCE = 1 << 19
+"""Logits for which noise is made at once; it takes 8 bytes for each, several times over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,10 +137,37 @@ def waiting_times(seed: int, *, place: int, tokens: npt.NDArray[np.int64]) -> np
     The bits are those of SplitMix64 (Steele, Lea and Flood, 2014), once over the seed and place, once over the token.
     Tokens counted from 1 keep it from its fixed point 0, and 52 bits and a half from a number that rounds to 1.
     """
-    start = _mixed(np.array([seed], dtype=np.uint64) + np.array([place], dtype=np.uint64) * _STEP)
-    bits = _mixed(_mixed((tokens.astype(np.uint64) + np.uint64(1)) * _STEP + start) ^ start)
+    return _waiting_times(_starts([seed], places=[place]), tokens=tokens.astype(np.uint64))
+
+
+def _starts(seeds: Sequence[int], *, places: Sequence[int]) -> npt.NDArray[np.uint64]:
+    return _mixed(np.array(seeds, dtype=np.uint64) + np.array(places, dtype=np.uint64) * _STEP)
+
+
+def _waiting_times(starts: npt.NDArray[np.uint64], *, tokens: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
+    bits = _mixed(_mixed((tokens + np.uint64(1)) * _STEP + starts) ^ starts)
     uniform = ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
     return -np.log(uniform)
+
+
+def draw_freely(
+    logits: Float[Tensor, "row vocab"], *, seeds: Sequence[int], places: Sequence[int], temperatures: Sequence[float]
+) -> list[int]:
+    """Return a token for each row, drawn from all that there are: what `TokenSampler.choose` draws, for many at once.
+
+    The largest p / E is where log p - log E is largest, and there no row needs its sum. Temperatures must not be 0.
+    """
+    drawn: list[int] = []
+    at_once = max(1, DRAWN_AT_ONCE // logits.shape[1])
+    tokens = np.arange(logits.shape[1], dtype=np.uint64)
+    for first in range(0, logits.shape[0], at_once):
+        part = slice(first, first + at_once)
+        rows = logits[part].detach().cpu().numpy().astype(np.float64)
+        with np.errstate(over="ignore"):  # A tiny temperature sends all but the likeliest to minus infinity.
+            rows = (rows - rows.max(axis=1, keepdims=True)) / np.array(temperatures[part])[:, None]
+        starts = _starts(seeds[part], places=places[part])[:, None]
+        drawn += np.argmax(rows - np.log(_waiting_times(starts, tokens=tokens)), axis=1).tolist()
+    return drawn
 
 
 class TokenSampler:
@@ -159,6 +188,13 @@ class TokenSampler:
     def is_plain(self) -> bool:
         """Whether a draw is simply the likeliest token, unless a grammar forbids it."""
         return self.params.temperature == 0 and not self._counts and not self._bias
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a draw is one from all tokens as the model has them, so that many can be drawn at once."""
+        params = self.params
+        cut = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+        return params.temperature > 0 and not (cut or self._counts or self._bias)
 
     def add(self, token: int) -> None:
         """Take a token into the answer."""
@@ -192,6 +228,9 @@ class TokenSampler:
             raise CheckpointError(NOT_NUMBERS)
         if self.params.temperature == 0:
             return int(scores.argmax())
+        if self.is_free:
+            temperature = self.params.temperature
+            return draw_freely(scores[None], seeds=[self.seed], places=[place], temperatures=[temperature])[0]
         tokens, probabilities = likely_tokens(scores, params=self.params)
         waits = waiting_times(self.seed, place=place, tokens=tokens)
         return int(tokens[np.argmax(probabilities / waits)])

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3.errors import CheckpointError, ConfigError
-from dsv3.infer.sampler import SamplingParams, TokenSampler, likely_tokens, next_probabilities, waiting_times
+from dsv3.infer import sampler as sampling
+from dsv3.infer.sampler import (
+    SamplingParams,
+    TokenSampler,
+    draw_freely,
+    likely_tokens,
+    next_probabilities,
+    waiting_times,
+)
 
 logit_lists = st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=12)
 
@@ -197,6 +206,32 @@ def test_draws_over_seeds_follow_the_same_distribution():
     probabilities = torch.tensor([0.5, 0.3, 0.2])
     counts = Counter(sampler_of(seed=seed).choose(probabilities.log(), place=0) for seed in range(4000))
     assert chi_square([counts[i] for i in range(3)], [2000, 1200, 800]) < 18.4  # 2 degrees of freedom, 1e-4
+
+
+@given(
+    rows=st.integers(1, 9),
+    vocab=st.integers(1, 40),
+    seed=st.integers(0, 2**62),
+    temperature=st.floats(1e-3, 5.0),
+    at_once=st.sampled_from([1, 64, 1 << 19]),
+)
+def test_draws_of_many_are_those_of_each_and_the_largest_p_by_waiting_time(rows, vocab, seed, temperature, at_once):
+    logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed % 1000)) * 3
+    options = {
+        "seeds": [seed + row for row in range(rows)],
+        "places": list(range(rows)),
+        "temperatures": [temperature] * rows,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "DRAWN_AT_ONCE", at_once)
+        together = draw_freely(logits, **options)
+    params = SamplingParams(temperature=temperature, top_p=1.0)
+    for row, token in enumerate(together):
+        alone = TokenSampler(replace(params, seed=seed + row), prompt_ids=[], vocab_size=vocab)
+        assert token == alone.choose(logits[row], place=row)
+        waits = waiting_times(seed + row, place=row, tokens=np.arange(vocab))
+        share = next_probabilities(logits[row : row + 1].double(), params=params)[0].numpy() / waits
+        assert share[token] >= share.max() * (1 - 1e-9)
 
 
 def test_draws_from_a_cut_distribution_are_the_uncut_ones_as_far_as_they_lie_within():
