@@ -82,6 +82,8 @@ class TokenBatch:
     """Position of the first token of each sequence, where the caller knows it; see `firsts`."""
     shared: SharedRows | None = None
     """What the sequences are pieces of; None where they are whole, or go on after what is cached."""
+    experts: Int[Tensor, "token layer chosen"] | None = None
+    """The experts that each token goes to, in every layer of the main model that has some; absent, routers choose."""
 
     @classmethod
     def from_rows(cls, rows: Int[Tensor, "row length_plus_one"]) -> "TokenBatch":
@@ -156,6 +158,7 @@ class TokenBatch:
             weights=None if self.weights is None else self.weights.to(device),
             first_positions=self.firsts,
             shared=None if self.shared is None else self.shared.to(device),
+            experts=None if self.experts is None else self.experts.to(device),
         )
 
     @cached_property

@@ -11,6 +11,7 @@ from dsv3.cli.run_settings import SetOption
 from dsv3.cli.sft import BaseArgument, settings_of
 from dsv3.config.override import apply_overrides
 from dsv3.config.teaching import GrpoConfig
+from dsv3.runtime.rank import is_main_rank
 
 TELL_EVERY_ITERATIONS = 5
 DEFAULTS = GrpoConfig()
@@ -78,6 +79,8 @@ def grpo(
         config = replace(config, batch=replace(config.batch, micro_batch_sequences=answers_at_once))
     config = apply_overrides(config, assignments=assignments or [])
     result = teach(config, lesson=lesson, folder=run or base / "grpo", on_record=tell)
+    if not is_main_rank():
+        return
     if result.interrupted:
         typer.echo(f"stopped and saved after iteration {result.iteration:,}; the same command goes on", err=True)
         raise typer.Exit(INTERRUPTED)
@@ -88,6 +91,8 @@ def grpo(
 
 def tell(record: dict[str, Any]) -> None:
     """Say how it goes."""
+    if not is_main_rank():
+        return
     if record["kind"] == "grpo_validation":
         scores = ", ".join(f"{name} {score:.3f}" for name, score in record["scores"].items())
         typer.echo(f"iteration {record['iteration']:,}: of {record['problems']:,} held-out problems: {scores}")

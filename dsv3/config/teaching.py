@@ -12,6 +12,7 @@ from dsv3.errors import ConfigError
 TOO_LONG = ("drop", "cut")
 LOSS_MEANS = ("sequence", "token")
 OLD_LOGPROBS = ("engine", "trainer")
+ROUTINGS = ("own", "compare", "replay")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,10 @@ class GrpoConfig:
     """Whether advantages are divided by the standard deviation of their group, as published."""
     old_logprobs: str = "engine"
     """Who says how probable a token was when it was drawn: the 'engine' that drew it, or the 'trainer', asked again."""
+    routing: str = "own"
+    """Experts of the update: those that the trainer's routers choose ('own'); the same, telling how many tokens
+    the engine had sent elsewhere ('compare'); or those that the engine had sent them to ('replay'), for numerics that
+    differ, as with FP8. The last two read the prompt anew for each answer of a group."""
     temperature: float = 1.0
     max_answer_tokens: int = 256
     length_penalty: float = 0.0
@@ -92,6 +97,7 @@ class GrpoConfig:
         require_not_negative(self, "clip_low", "kl_weight", "reference_every", "length_penalty", "seed")
         require_choice(self, "loss_mean", choices=LOSS_MEANS)
         require_choice(self, "old_logprobs", choices=OLD_LOGPROBS)
+        require_choice(self, "routing", choices=ROUTINGS)
         if self.temperature != 1 and self.old_logprobs == "engine":
             raise ConfigError(
                 f"temperature = {self.temperature}: the engine's log-probabilities are those before temperature; use "

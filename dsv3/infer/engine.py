@@ -219,7 +219,9 @@ class Engine:
         works = [outcome.work for outcome in outcomes]
         batch = TokenBatch.from_pieces([work.tokens for work in works], firsts=[work.first for work in works])
         starts = batch.starts.tolist()
-        states = self._runner.forward(batch, pages=[work.sequence.pages for work in works])
+        with_experts = any(work.sequence.request.with_experts for work in works)
+        pages = [work.sequence.pages for work in works]
+        states = self._runner.forward(batch, pages=pages, with_experts=with_experts)
         wanted = [rows_wanted(work) for work in works]
         rows = [start + row for start, mine in zip(starts, wanted, strict=False) for row in mine]
         logits = torch.empty(0, self._vocab_size)
@@ -231,6 +233,8 @@ class Engine:
             work = outcome.work
             part = slice(begin, begin + len(mine))
             begin += len(mine)
+            if states.experts is not None and work.sequence.request.with_experts:
+                work.sequence.keep_experts(states.experts[first:end].to(torch.int16))
             self._take(outcome, logits=logits[part], offers=offers[part])
             if outcome.finish_reason is None and self._drafter.num_modules:
                 standing = min(work.first + work.num_tokens, len(work.sequence.tokens) - 1) - work.first
@@ -421,6 +425,7 @@ class Engine:
             logprobs=tuple(outcome.logprobs),
             end=outcome.end,
             prompt_logprobs=tuple(sequence.prompt_logprobs) if first_time else (),
+            experts=None if outcome.finish_reason is None else sequence.experts_of_tokens(),
             finish_reason=outcome.finish_reason,
             error=outcome.error,
             num_prompt_tokens=sequence.num_prompt,

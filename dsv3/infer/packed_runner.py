@@ -6,6 +6,7 @@ A token's numbers depend on its past alone, to the last bit: see docs/decisions/
 import ctypes
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, chain
 
 import numpy as np
@@ -67,13 +68,17 @@ class PackedRunner:
         size = len(self.model.layers) * num_pages * page_tokens * self._width + 4 * self._width + _SLACK
         self._cache = torch.from_numpy(np.zeros(size, dtype=np.float32))
 
-    def forward(self, batch: TokenBatch, *, pages: Sequence[Sequence[int]]) -> States:
-        """Read tokens through the main model."""
+    def forward(self, batch: TokenBatch, *, pages: Sequence[Sequence[int]], with_experts: bool = False) -> States:
+        """Read tokens through the main model, and say if asked where they went."""
         hidden = self.model.embedding.index_select(0, batch.tokens).float()
-        normed = self._run(
-            hidden, batch=batch, pages=pages, layers=(0, self.config.num_hidden_layers), norm=self.model.norm
-        )
-        return self._states(hidden, normed)
+        layers, chosen = self.config.num_hidden_layers, self.config.num_experts_per_tok
+        with_experts = with_experts and self.config.num_moe_layers > 0
+        experts = torch.zeros(layers, len(hidden), chosen, dtype=torch.int32) if with_experts else None
+        normed = self._run(hidden, batch=batch, pages=pages, layers=(0, layers), norm=self.model.norm, experts=experts)
+        states = self._states(hidden, normed)
+        if experts is None:
+            return states
+        return replace(states, experts=experts[layers - self.config.num_moe_layers :].transpose(0, 1))
 
     def predict_ahead(
         self, state: Float[Tensor, "token hidden"], *, depth: int, batch: TokenBatch, pages: Sequence[Sequence[int]]
@@ -105,8 +110,9 @@ class PackedRunner:
         pages: Sequence[Sequence[int]],
         layers: tuple[int, int],
         norm: Tensor,
+        experts: Tensor | None = None,
     ) -> Tensor:
-        """Run layers over `hidden`, which is changed, and return it normed."""
+        """Run layers over `hidden`, which is changed, and return it normed; write into `experts` where tokens went."""
         cos, sin = self._angles(batch.positions)
         page_starts = torch.tensor([0, *accumulate(map(len, pages))])
         page_list = torch.tensor(list(chain.from_iterable(pages)))
@@ -128,6 +134,7 @@ class PackedRunner:
             cache=self._cache.data_ptr(),
             num_pages=self._num_pages,
             page_tokens=self._page_tokens,
+            experts=None if experts is None else experts.data_ptr(),
         )
         engine.library().engine_forward(self._engine, ctypes.byref(self._record), ctypes.byref(todo))
         return normed

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from jaxtyping import Int
+from torch import Tensor
+
 from dsv3.infer.constraint import Constraint
 from dsv3.infer.sampler import SamplingParams
 
@@ -39,6 +42,8 @@ class Request:
     """
     prompt_logprobs: bool = False
     """Report log-probabilities of the prompt's tokens too, in the first event. The prompt is then read whole."""
+    with_experts: bool = False
+    """Report where every token went that was read, in the last event. The prompt is then read whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +69,8 @@ class TokenEvent:
     """The end token that finishes a request, where log-probabilities were asked for."""
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     """In the first event, where asked for: one for each prompt token, None for the first."""
+    experts: Int[Tensor, "token layer chosen"] | None = None
+    """In the last event, where asked for: the experts of each layer that has some, for all tokens that were read."""
     finish_reason: FinishReason | None = None
     error: str = ""
     num_prompt_tokens: int = 0

@@ -5,11 +5,11 @@ the same on a CPU from weights laid out for it, in FP32 or fewer bits.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsv3.batch import TokenBatch
@@ -26,6 +26,8 @@ class States:
     """After the final norm: what the output head eats."""
     handed_on: Float[Tensor, "token hidden"]
     """What the next MTP module reads, by `mtp_hidden_source`."""
+    experts: Int[Tensor, "token layer chosen"] | None = None
+    """Where tokens went in each layer that has experts, if that was asked; on the CPU."""
 
 
 @runtime_checkable
@@ -57,8 +59,8 @@ class Runner(Protocol):
         """Make room for the latent cache, in place of what was there."""
         ...
 
-    def forward(self, batch: TokenBatch, *, pages: Sequence[Sequence[int]]) -> States:
-        """Read tokens through the main model."""
+    def forward(self, batch: TokenBatch, *, pages: Sequence[Sequence[int]], with_experts: bool = False) -> States:
+        """Read tokens through the main model, and say if asked where they went."""
         ...
 
     def predict_ahead(
@@ -112,10 +114,13 @@ class TorchRunner:
             device=weight.device,
         )
 
-    def forward(self, batch: TokenBatch, *, pages: Sequence[Sequence[int]]) -> States:
-        """Read tokens through the main model."""
+    def forward(self, batch: TokenBatch, *, pages: Sequence[Sequence[int]], with_experts: bool = False) -> States:
+        """Read tokens through the main model, and say if asked where they went."""
         output = self._model(batch.to(self._device), cache=self._bound(batch, pages=pages), precision=self._precision)
-        return self._states(output.hidden, before_norm=output.before_norm)
+        states = self._states(output.hidden, before_norm=output.before_norm)
+        if not (with_experts and output.routings):
+            return states
+        return replace(states, experts=torch.stack([one.experts for one in output.routings], dim=1).cpu())
 
     def predict_ahead(
         self, state: Float[Tensor, "token hidden"], *, depth: int, batch: TokenBatch, pages: Sequence[Sequence[int]]

@@ -161,7 +161,8 @@ class Scheduler:
 
     def _most_shared(self, sequence: Sequence) -> int:
         """Return how many pages may come from others: something must be left to compute."""
-        wants_all = sequence.request.prompt_logprobs and not sequence.has_reported
+        request = sequence.request
+        wants_all = request.with_experts or (request.prompt_logprobs and not sequence.has_reported)
         return 0 if wants_all else (len(sequence.tokens) - 1) // self.config.page_tokens
 
     def _is_being_computed(self, sequence: Sequence) -> bool:

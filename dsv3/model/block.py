@@ -8,7 +8,7 @@ from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsv3.batch import TokenBatch
@@ -94,6 +94,8 @@ class MoeBlock(Block):
     def __init__(self, config: ModelConfig, *, layer: int) -> None:
         super().__init__(config, layer=layer)
         self.mlp = MixtureOfExperts(config)
+        self.place = layer - (config.num_hidden_layers - config.num_moe_layers)
+        """Its number among the layers of the main model that have experts."""
         self.has_shared_experts = config.n_shared_experts > 0
 
     def steps(
@@ -115,7 +117,8 @@ class MoeBlock(Block):
         middle = self.attention(
             hidden, batch=batch, rotation=rotation, cache=cache, recompute=recompute, precision=precision
         )
-        sent = self.route(middle, through=dispatch, recompute=recompute)
+        experts = None if batch.experts is None else batch.experts[:, self.place]
+        sent = self.route(middle, through=dispatch, recompute=recompute, experts=experts)
         yield Part.ATTENTION
         sent = cut(replace(sent, travelling=dispatch.send(sent.travelling)), Part.ATTENTION)
         yield Part.DISPATCH
@@ -130,12 +133,17 @@ class MoeBlock(Block):
         return cut(combined, Part.COMBINE), sent.routing
 
     def route(
-        self, hidden: Float[Tensor, "token hidden"], *, through: TokenDispatch, recompute: RecomputeConfig = KEEP_ALL
+        self,
+        hidden: Float[Tensor, "token hidden"],
+        *,
+        through: TokenDispatch,
+        recompute: RecomputeConfig = KEEP_ALL,
+        experts: Int[Tensor, "token chosen"] | None = None,
     ) -> SentTokens:
-        """Choose experts for the normed tokens, and announce them there."""
+        """Choose experts for the normed tokens, unless they are given, and announce them there."""
         normed = self.post_attention_layernorm(hidden)
         with made_again((normed, lambda: self.post_attention_layernorm(hidden)), when=recompute.norms):
-            routing = self.mlp.gate(normed)
+            routing = self.mlp.gate(normed, experts=experts)
             announced = through.announce(normed, routing=routing)
         return SentTokens(travelling=announced, before_norm=hidden, normed=normed, routing=routing)
 

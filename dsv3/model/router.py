@@ -28,11 +28,15 @@ class Router(nn.Module):
         bias = torch.zeros(config.n_routed_experts, dtype=torch.float32) if config.has_router_bias else None
         self.register_buffer("e_score_correction_bias", bias)
 
-    def forward(self, hidden: Float[Tensor, "token hidden"]) -> Routing:
-        """Route every token; scores and selection in at least FP32."""
+    def forward(
+        self, hidden: Float[Tensor, "token hidden"], *, experts: Int[Tensor, "token chosen"] | None = None
+    ) -> Routing:
+        """Route every token; scores and selection in at least FP32. `experts` are chosen already, where given."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logits = hidden.to(wide) @ self.weight.to(wide).T
         affinity = logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(-1)
+        if experts is not None:
+            return routing_to(experts, affinity=affinity, config=self.config)
         return choose_experts(affinity, bias=self.e_score_correction_bias, config=self.config)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
@@ -62,10 +66,17 @@ def choose_experts(
         if config.topk_method != "greedy":
             biased = biased.masked_fill(~expert_is_reachable(biased, config=config), float("-inf"))
         experts = _largest(biased, count=config.num_experts_per_tok)
-        # Not bincount, which on a GPU waits for the largest index to come back.
-        load = experts.new_zeros(config.n_routed_experts).scatter_add_(
-            0, experts.flatten(), torch.ones_like(experts).flatten()
-        )
+    return routing_to(experts, affinity=affinity, config=config)
+
+
+def routing_to(
+    experts: Int[Tensor, "token chosen"], *, affinity: Float[Tensor, "token expert"], config: ModelConfig
+) -> Routing:
+    """Return gate values and load of a choice of experts (eq. 13-14)."""
+    # Not bincount, which on a GPU waits for the largest index to come back.
+    load = experts.new_zeros(config.n_routed_experts).scatter_add_(
+        0, experts.flatten(), torch.ones_like(experts).flatten()
+    )
     gates = affinity.gather(1, experts)
     if config.norm_topk_prob:
         gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)  # 1e-20 as in the published code

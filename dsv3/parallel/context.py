@@ -67,6 +67,7 @@ class PiecesOfRows:
             weights=None if rows.weights is None else rows.weights[own],
             first_positions=tuple(places.start for _, places in pieces),
             shared=self,
+            experts=None if rows.experts is None else rows.experts[own],
         )
 
     def to(self, device: torch.device | str) -> "PiecesOfRows":

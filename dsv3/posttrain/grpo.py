@@ -2,15 +2,15 @@
 
     problems -> groups of answers, drawn by the engine -> rewards -> advantages -> steps on the policy loss -> again
 
-One process; what is drawn, in which order, and every step hang on seeds and counts alone, so a stopped run goes on as
-if it had not been.
+What is drawn, in which order, and every step hang on seeds and counts alone, so a stopped run goes on as if it had not
+been. Of several ranks each has all weights and draws the answers to its share of the problems; all learn from all.
 """
 
 import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -24,7 +24,7 @@ from dsv3.config import MtpLossConfig, PretrainConfig
 from dsv3.config.teaching import GrpoConfig
 from dsv3.errors import ConfigError
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.ranks import Alone
+from dsv3.parallel.launch import open_ranks
 from dsv3.posttrain.lesson import Lesson, open_lesson
 from dsv3.posttrain.policy import PolicyBatch, PolicyLoss, advantages_of
 from dsv3.posttrain.problem import Problem
@@ -32,7 +32,6 @@ from dsv3.posttrain.rewards import Reward, rewards_named
 from dsv3.posttrain.rollout import Answer, draw_answers, runner_for
 from dsv3.posttrain.sft import data_hash
 from dsv3.posttrain.tasks import Task, task_named
-from dsv3.runtime.rank import num_ranks
 from dsv3.train.step import StepMetrics, train_step
 from dsv3.train.stop import stop_on_signals
 
@@ -110,13 +109,19 @@ def grpo(
     Raises:
         ConfigError, DataError, SnapshotError, CheckpointError, NonFiniteError, TrainingError: as their texts say.
     """
-    if num_ranks() > 1:
-        raise ConfigError(f"dsv3 grpo trains in one process, and torchrun has started {num_ranks()}")
     if config.balance.method == "batch_loss":
         raise ConfigError("balance.method = 'batch_loss' is for pre-training; use 'bias' or 'none'")
+    split = {name: getattr(config.parallel, name) for name in ("pipeline", "expert", "context")}
+    if any(number > 1 for number in split.values()):
+        told = ", ".join(f"parallel.{name} = {number}" for name, number in split.items() if number > 1)
+        raise ConfigError(f"{told}: answers are drawn by ranks that each have all weights; leave it at 1")
     task, rules = task or task_named(lesson.task), list(rewards) or rewards_named(lesson.rewards)
     data = data_hash([lesson.task]) if lesson.task.endswith(".jsonl") else task.name
-    with open_lesson(config, lesson=lesson, name="grpo", data=data, folder=folder, ranks=Alone()) as run:
+    length, device = config.batch.sequence_length, config.runtime.device
+    with (
+        open_ranks(config.parallel, model=config.model, sequence_length=length, device=device) as ranks,
+        open_lesson(config, lesson=lesson, name="grpo", data=data, folder=folder, ranks=ranks) as run,
+    ):
         teaching = Teaching(run=run, lesson=lesson, task=task, rewards=rules, notify=on_record or _ignore)
         return teaching.go(stop_after_iterations)
 
@@ -128,7 +133,7 @@ class Teaching:
         self, *, run: Lesson, lesson: GrpoConfig, task: Task, rewards: Sequence[Reward], notify: Progress
     ) -> None:
         self.run, self.lesson, self.task, self.rewards, self.notify = run, lesson, task, rewards, notify
-        self.state, self.tokenizer = run.state, run.tokenizer
+        self.state, self.tokenizer, self.ranks = run.state, run.tokenizer, run.state.ranks
         self.loss = PolicyLoss(lesson=lesson, vocab_size=self.tokenizer.vocab_size)
         self.reference = self._take_up_reference() if lesson.kl_weight else None
         self.scores: dict[str, float] = {}
@@ -143,24 +148,24 @@ class Teaching:
         state, lesson = self.state, self.lesson
         state.describe_rows = lambda _: f"answers of iteration {self.iteration + 1}"
         with stop_on_signals() as stop:
-            taken = 0
+            taken, stopping = 0, False
             if self.iteration == 0:
                 self.validate()
-            while self.iteration < lesson.iterations and not stop.requested and taken != limit:
+            while self.iteration < lesson.iterations and not stopping and taken != limit:
                 self.iterate()
                 taken += 1
                 if self.iteration % lesson.validate_every == 0 or self.iteration == lesson.iterations:
                     self.validate()
                 if self.iteration % self.run.config.snapshot.every_steps == 0:
                     self.run.save()
-            interrupted = stop.requested
+                stopping = self.ranks.total([stop.requested])[0] > 0
         self.run.save()
         finished = self.iteration >= lesson.iterations
         return GrpoResult(
             folder=self.run.folder,
             iteration=self.iteration,
             finished=finished,
-            interrupted=interrupted and not finished,
+            interrupted=stopping and not finished,
             scores=self.scores,
             export=self.run.export() if finished else None,
         )
@@ -172,18 +177,16 @@ class Teaching:
             self._make_reference()
         started = time.perf_counter()
         problems = self.task.problems_of(number, count=lesson.problems_per_iteration, seed=lesson.seed)
-        answers = draw_answers(
-            runner_for(self.state.model),
-            tokenizer=self.tokenizer,
-            problems=problems,
+        answers = self._draw(
+            problems,
             group_size=lesson.group_size,
             temperature=lesson.temperature,
-            max_tokens=lesson.max_answer_tokens,
             seed=_seed(lesson.seed, number),
             with_logprobs=lesson.old_logprobs == "engine",
+            with_experts=lesson.routing != "own",
         )
         drawn = time.perf_counter()
-        judged = judge(answers, rewards=self.rewards, lesson=lesson)
+        judged = self._of_all(judge(answers, rewards=self.rewards, lesson=lesson), size=lesson.group_size)
         scored = time.perf_counter()
         metrics, seen = self.learn([one for one in judged if one.advantage is not None], number=number)
         self._tell(
@@ -203,25 +206,17 @@ class Teaching:
                 self.state.step += 1
                 continue
             metrics.append(train_step(self.state, batches=part, loss=self.loss))
-            seen.append(self.loss.take_seen())
+            seen.append(self._seen_by_all(self.loss.take_seen()))
         return metrics, seen
 
     def validate(self) -> None:
         """Answer held-out problems with the likeliest tokens, and score them."""
         problems = self.task.held_out[: self.lesson.held_out]
-        answers = draw_answers(
-            runner_for(self.state.model),
-            tokenizer=self.tokenizer,
-            problems=problems,
-            group_size=1,
-            temperature=0.0,
-            max_tokens=self.lesson.max_answer_tokens,
-            seed=0,
-            with_logprobs=False,
-        )
-        self.scores = {
-            rule.name: fmean(rule.score(answer.problem, answer.text) for answer in answers) for rule in self.rewards
-        }
+        own = self._draw(problems, group_size=1, temperature=0.0, seed=0, with_logprobs=False)
+        scored = [(one, {rule.name: rule.score(one.problem, one.text) for rule in self.rewards}) for one in own]
+        everyone = self._of_all(scored, size=1)
+        answers = [answer for answer, _ in everyone]
+        self.scores = {rule.name: fmean(scores[rule.name] for _, scores in everyone) for rule in self.rewards}
         step = self.state.step
         values = {
             "iteration": self.iteration,
@@ -233,25 +228,73 @@ class Teaching:
         for answer in answers[:SAMPLES]:
             self.run.log.sample(step=step, prompt=answer.problem.messages[-1]["content"], text=answer.text)
 
-    def _batches(self, judged: Sequence[Judged]) -> list[PolicyBatch]:
-        """Return the micro-batches of a step, in which every answer has its share of the mean."""
+    def _draw(
+        self,
+        problems: Sequence[Problem],
+        *,
+        group_size: int,
+        temperature: float,
+        seed: int,
+        with_logprobs: bool,
+        with_experts: bool = False,
+    ) -> list[Answer]:
+        """Return this rank's answers: to every problem whose number, divided by that of the ranks, leaves its own."""
+        own = range(self.ranks.row_rank, len(problems), self.ranks.row_size)
+        if not own:
+            return []
+        return draw_answers(
+            runner_for(self.state.model),
+            tokenizer=self.tokenizer,
+            problems=[problems[place] for place in own],
+            places=own,
+            group_size=group_size,
+            temperature=temperature,
+            max_tokens=self.lesson.max_answer_tokens,
+            seed=seed,
+            with_logprobs=with_logprobs,
+            with_experts=with_experts,
+        )
+
+    def _of_all(self, own: Sequence[Any], *, size: int) -> list[Any]:
+        """Return what all ranks have of their problems, `size` for each, in the order of the problems."""
+        parts = [[part[first : first + size] for first in range(0, len(part), size)] for part in self.ranks.gather(own)]
+        rounds = zip_longest(*parts, fillvalue=())
+        return [one for groups in rounds for group in groups for one in group]
+
+    def _seen_by_all(self, seen: dict[str, float]) -> dict[str, float]:
+        """Return sums over all ranks, and the largest distance of a ratio from 1."""
+        sums = {name: value for name, value in seen.items() if name != "ratio_off"}
+        total = dict(zip(sums, self.ranks.total(list(sums.values())), strict=True))
+        return total | {"ratio_off": max(numbers[0] for numbers in self.ranks.gather_numbers([seen["ratio_off"]]))}
+
+    def _batches(self, everyone: Sequence[Judged]) -> list[PolicyBatch]:
+        """Return this rank's micro-batches of a step, in which every answer has its share of the mean.
+
+        A rank for which there is none goes over an answer that does not count.
+        """
         config = self.run.config.batch
+        judged = everyone[self.ranks.row_rank :: self.ranks.row_size]
+        idle = not judged and bool(everyone)
+        if idle:
+            judged = everyone[:1]
         room = config.micro_batch_sequences * config.sequence_length
         groups: list[list[Judged]] = []
         for one in sorted(judged, key=lambda one: one.answer.num_tokens):
             if not groups or sum(other.answer.num_tokens for other in groups[-1]) + one.answer.num_tokens > room:
                 groups.append([])
             groups[-1].append(one)
-        all_tokens = sum(len(one.answer.ids) for one in judged)
+        all_tokens = sum(len(one.answer.ids) for one in everyone)
         batches = []
         for group in groups:
-            batch = policy_batch(group, lesson=self.lesson, num_answers=len(judged), num_tokens=all_tokens)
-            batch = batch.to(self.state.model.device)
+            batch = policy_batch(group, lesson=self.lesson, num_answers=len(everyone), num_tokens=all_tokens)
+            batch = replace(batch, shares=batch.shares * (not idle)).to(self.state.model.device)
             self.state.model.eval()
             if self.lesson.old_logprobs == "trainer":
                 batch = replace(batch, old_logprobs=self.loss.logprobs(self.state.model, batch=batch))
             if self.reference is not None:
-                batch = replace(batch, reference_logprobs=self.loss.logprobs(self.reference, batch=batch))
+                batch = replace(
+                    batch, reference_logprobs=self.loss.logprobs(self.reference, batch=replace(batch, experts=None))
+                )
             batches.append(batch)
         return batches
 
@@ -266,7 +309,9 @@ class Teaching:
         """Take the model as it is for the reference, and keep it for a run that goes on."""
         self.reference = copy.deepcopy(self.state.model).eval().requires_grad_(False)
         folder = self.run.folder / "reference"
-        save_published(self.reference, folder=folder, tokenizer_folder=None, dtype=torch.float32)
+        if self.ranks.rank == 0:
+            save_published(self.reference, folder=folder, tokenizer_folder=None, dtype=torch.float32)
+        self.ranks.gather(None)  # It is there for all of them.
         return self.reference
 
     def _tell(
@@ -293,6 +338,7 @@ class Teaching:
             means = {name: fmean(one[name] for one in seen) for name in ("kl", "clipped", "entropy", "ratio")}
             values |= means | {
                 "first_ratio_off": seen[0]["ratio_off"],
+                **({"first_rerouted": seen[0]["rerouted"]} if "rerouted" in seen[0] else {}),
                 "loss": fmean(one.loss for one in metrics),
                 "grad_norm": fmean(one.gradient_norm for one in metrics),
                 "learning_rate": metrics[-1].learning_rate,
@@ -301,11 +347,15 @@ class Teaching:
 
 
 def judge(answers: Sequence[Answer], *, rewards: Sequence[Reward], lesson: GrpoConfig) -> list[Judged]:
-    """Score answers, which come group by group, and compare those of each group."""
+    """Score answers, which come group by group, and compare those of each group. Equal answers are scored once."""
     judged: list[Judged] = []
     for first in range(0, len(answers), lesson.group_size):
         group = answers[first : first + lesson.group_size]
-        scores = [{rule.name: rule.score(one.problem, one.text) for rule in rewards} for one in group]
+        texts = {one.text: one.problem for one in group}
+        scores_of = {
+            text: {rule.name: rule.score(problem, text) for rule in rewards} for text, problem in texts.items()
+        }
+        scores = [scores_of[one.text] for one in group]
         worth = [
             sum(rule.weight * own[rule.name] for rule in rewards) - lesson.length_penalty * (not answer.finished)
             for answer, own in zip(group, scores, strict=True)
@@ -341,6 +391,8 @@ def policy_batch(judged: Sequence[Judged], *, lesson: GrpoConfig, num_answers: i
     plain = TokenBatch.from_sequences(inputs)
     zeros = torch.zeros(plain.num_tokens)
     known = [answer.logprobs or [0.0] * len(answer.ids) for answer in answers]
+    pieces = [answer.experts for answer in answers if answer.experts is not None]
+    drawn = torch.cat(pieces).long() if pieces else None
     return PolicyBatch(
         tokens=plain.tokens,
         positions=plain.positions,
@@ -350,6 +402,8 @@ def policy_batch(judged: Sequence[Judged], *, lesson: GrpoConfig, num_answers: i
         advantages=per_token(for_each([one.advantage or 0.0 for one in judged]), dtype=torch.float32, fill=0.0),
         old_logprobs=per_token(known, dtype=torch.float32, fill=0.0),
         reference_logprobs=zeros,
+        drawn_experts=drawn,
+        experts=drawn if lesson.routing == "replay" else None,
         shares=per_token(for_each(shares), dtype=torch.float32, fill=0.0),
     )
 

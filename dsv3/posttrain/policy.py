@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsv3.batch import TokenBatch
@@ -32,6 +32,8 @@ class PolicyBatch(TokenBatch):
     old_logprobs: Float[Tensor, " token"]
     """Log-probabilities when the answers were drawn."""
     reference_logprobs: Float[Tensor, " token"]
+    drawn_experts: Int[Tensor, "token layer chosen"] | None = None
+    """Where the engine had sent the tokens, to be compared with where they go now."""
     shares: Float[Tensor, " token"]
     """What each token counts in the mean; those of all micro-batches of a step add up to 1."""
 
@@ -45,6 +47,7 @@ class PolicyBatch(TokenBatch):
             old_logprobs=self.old_logprobs.to(device),
             reference_logprobs=self.reference_logprobs.to(device),
             shares=self.shares.to(device),
+            drawn_experts=None if self.drawn_experts is None else self.drawn_experts.to(device),
         )
 
 
@@ -81,6 +84,8 @@ class PolicyLoss:
         surrogate = linear_cross_entropy(hidden, weight=head, targets=batch.targets, weights=-slopes)
         policy = surrogate - surrogate.detach() + value
         entropy = (token_entropy(hidden.detach(), weight=head) * batch.shares).sum().item()
+        if batch.drawn_experts is not None and output.routings:
+            seen["rerouted"] = _share_rerouted(output, drawn=batch.drawn_experts, shares=batch.shares)
         self.seen.append(seen | {"entropy": entropy})
         return LossParts(total=policy + even, next_token=policy, mtp=(), balance=even)
 
@@ -101,6 +106,15 @@ class PolicyLoss:
             return {}
         total = {name: sum(one[name] for one in seen) for name in seen[0]}
         return total | {"ratio_off": max(one["ratio_off"] for one in seen)}
+
+
+def _share_rerouted(
+    output: ModelOutput, *, drawn: Int[Tensor, "token layer chosen"], shares: Float[Tensor, " token"]
+) -> float:
+    """Return the share of choices, of tokens that count, which are not the engine's; their order means nothing."""
+    now = torch.stack([one.experts for one in output.routings], dim=1)
+    differs = (now.sort(dim=-1).values != drawn.sort(dim=-1).values).any(dim=-1)
+    return (differs.to(shares.dtype).mean(dim=1) * shares).sum().item()
 
 
 def policy_terms(

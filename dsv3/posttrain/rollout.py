@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jaxtyping import Int
+from torch import Tensor
+
 from dsv3.checkpoint.names import published_layout
 from dsv3.config import EngineConfig
 from dsv3.data.chance import hash_parts
@@ -33,6 +36,8 @@ class Answer:
     """What the model said, its end token included."""
     logprobs: list[float]
     """One for each of `ids`; empty where they were not asked for."""
+    experts: Int[Tensor, "token layer chosen"] | None
+    """Where the tokens that were read went, prompt and answer but for its last, where that was asked for."""
     text: str
     finished: bool
     """Whether the model ended it, and not the limit on tokens."""
@@ -63,8 +68,12 @@ def draw_answers(
     max_tokens: int,
     seed: int,
     with_logprobs: bool = True,
+    with_experts: bool = False,
+    places: Sequence[int] | None = None,
 ) -> list[Answer]:
     """Return `group_size` answers to each problem, side by side. The same weights and seed give the same answers.
+
+    `places` are those of the problems among all that are asked with this seed, where these are but some of them.
 
     Raises:
         ConfigError: a prompt leaves no room for an answer.
@@ -86,7 +95,7 @@ def draw_answers(
         max_step_tokens=2048,
     )
     engine = Engine(runner, config=config, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
-    for place, prompt in enumerate(prompts):
+    for place, prompt in zip(places or range(len(prompts)), prompts, strict=True):
         for number in range(group_size):
             params = SamplingParams(
                 temperature=temperature,
@@ -95,10 +104,19 @@ def draw_answers(
                 seed=hash_parts(seed, place, number) >> 1,
             )
             name = f"{place} {number}"
-            engine.add(Request(id=name, prompt_ids=prompt, params=params, num_logprobs=0 if with_logprobs else None))
+            engine.add(
+                Request(
+                    id=name,
+                    prompt_ids=prompt,
+                    params=params,
+                    num_logprobs=0 if with_logprobs else None,
+                    with_experts=with_experts,
+                )
+            )
     ids: dict[str, list[int]] = {}
     logprobs: dict[str, list[float]] = {}
     ended: dict[str, FinishReason] = {}
+    experts: dict[str, Tensor | None] = {}
     while engine.has_work:
         for event in engine.step():
             if event.finish_reason is FinishReason.FAILED:
@@ -106,13 +124,13 @@ def draw_answers(
             ids.setdefault(event.id, []).extend(event.tokens)
             logprobs.setdefault(event.id, []).extend(one.logprob for one in event.logprobs)
             if event.finish_reason is not None:
-                ended[event.id] = event.finish_reason
+                ended[event.id], experts[event.id] = event.finish_reason, event.experts
             if event.finish_reason is FinishReason.END_OF_TEXT:
                 ids[event.id].append(tokenizer.eos_id)
                 if event.end is not None:
                     logprobs[event.id].append(event.end.logprob)
     answers = []
-    for place, (problem, prompt) in enumerate(zip(problems, prompts, strict=True)):
+    for place, problem, prompt in zip(places or range(len(prompts)), problems, prompts, strict=True):
         for number in range(group_size):
             name = f"{place} {number}"
             finished = ended[name] is FinishReason.END_OF_TEXT
@@ -123,6 +141,7 @@ def draw_answers(
                     prompt_ids=prompt,
                     ids=ids[name],
                     logprobs=logprobs[name],
+                    experts=experts[name],
                     text=tokenizer.decode(said),
                     finished=finished,
                 )

@@ -72,16 +72,62 @@ def test_mistakes_are_told_in_a_line(base, chats, tmp_path, capsys, arguments, t
     assert "Traceback" not in error
 
 
+def on_ranks(count, *arguments):
+    """Run the command line on some ranks, and return what it said."""
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", count, "--no-python", "--", sys.executable]
+    command = [
+        sys.executable,
+        *(start if count > 1 else []),
+        "-c",
+        "from dsv3.cli.main import main; main()",
+        *arguments,
+    ]
+    return subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True, timeout=120).stdout
+
+
 @pytest.mark.slow
 def test_two_ranks_teach_what_one_does(base, chats, tmp_path):
     """Seven rows do not divide over two ranks: one of them reads a row that is not trained."""
     options = ["--data", chats, "--rows", 4, "--length", 32, "--epochs", 2, "--learning-rate", 1e-2]
-    dsv3 = ["-c", "from dsv3.cli.main import main; main()", "sft", base, *options]
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--no-python", "--", sys.executable]
     losses = []
-    for name, start in (("one", []), ("two", torchrun)):
-        command = [sys.executable, *start, *dsv3, "--run", tmp_path / name]
-        subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=120)
-        records = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+    for count in (1, 2):
+        folder = tmp_path / f"on {count}"
+        on_ranks(count, "sft", base, *options, "--run", folder)
+        records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
         losses.append([record["loss"] for record in records if record["kind"] == "step"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_ranks_draw_and_learn_what_one_does(base, tmp_path):
+    """Five problems do not divide over two ranks; what is drawn hangs on their places alone."""
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("".join(json.dumps({"prompt": f"say {n}", "answer": str(n)}) + "\n" for n in range(40)))
+    options = [
+        "--task",
+        problems,
+        "--reward",
+        "answer",
+        "--iterations",
+        3,
+        "--problems",
+        5,
+        "--group",
+        4,
+        "--updates",
+        2,
+    ]
+    options += ["--max-tokens", 6, "--learning-rate", 1e-2, "--lesson", "kl_weight=0.1", "--lesson", "validate_every=2"]
+    records, said = [], []
+    for count in (1, 2):
+        folder = tmp_path / f"on {count}"
+        said.append(on_ranks(count, "grpo", base, *options, "--run", folder))
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        kinds = [line for line in lines if line["kind"] in ("grpo", "grpo_validation")]
+        records.append([{key: value for key, value in line.items() if key != "seconds"} for line in kinds])
+    assert len(records[0]) == len(records[1]) == 3 + 3
+    for one, two in zip(*records, strict=True):
+        assert one.keys() == two.keys()
+        for key in one.keys() - {"kind", "first_ratio_off"}:
+            assert one[key] == pytest.approx(two[key], rel=1e-4, abs=1e-6), key
+    assert said[1].count("finished after") == 1

@@ -284,7 +284,7 @@ class Scripted:
     def make_pages(self, *, num_pages, page_tokens):
         pass
 
-    def forward(self, batch, *, pages):
+    def forward(self, batch, *, pages, with_experts=False):
         assert batch.positions.max() < self.config.max_position_embeddings
         self.passes.append(batch.num_tokens)
         hidden = batch.positions[:, None].float()

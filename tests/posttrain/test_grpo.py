@@ -199,3 +199,47 @@ def test_weights_are_taken_over_at_every_update(model, tokenizer):
             weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
     assert isinstance(model, Transformer)
     assert [one.ids for one in answers_of(model, tokenizer=tokenizer, temperature=0.0)] != [one.ids for one in before]
+
+
+def test_engine_and_trainer_send_every_token_to_the_same_experts(settings, tmp_path):
+    lesson = replace(LESSON, routing="compare", kl_weight=0.0)
+    result = grpo(settings, folder=tmp_path / "run", lesson=lesson, task=TASK, rewards=[VARIED])
+    assert [record["first_rerouted"] for record in records_of(result.folder, "grpo")] == [0.0] * 3
+    alone = grpo(settings, folder=tmp_path / "own", lesson=replace(lesson, routing="own"), task=TASK, rewards=[VARIED])
+    for one, two in zip(records_of(result.folder, "grpo"), records_of(alone.folder, "grpo"), strict=True):
+        assert (one["reward"], one["loss"]) == (
+            two["reward"],
+            two["loss"],
+        )  # asked or not, the same is drawn and learned
+
+
+def test_routing_is_replayed_where_routers_would_choose_otherwise(model, tokenizer):
+    """Experts drawn at random stand for an engine whose numerics are others."""
+    [answer] = answers_of(model, tokenizer=tokenizer, group_size=1, with_experts=True)[:1]
+    config = model.config
+    assert answer.experts.shape == (answer.num_tokens - 1, config.num_moe_layers, config.num_experts_per_tok)
+    others = torch.stack(
+        [torch.randperm(config.n_routed_experts)[: config.num_experts_per_tok] for _ in answer.experts.flatten(0, 1)]
+    ).view_as(answer.experts)
+    judged = [Judged(answer=replace(answer, experts=others), reward=1.0, scores={}, advantage=1.0)]
+    options = {"num_answers": 1, "num_tokens": len(answer.ids)}
+    replayed = policy_batch(judged, lesson=replace(LESSON, routing="replay"), **options)
+    output = model(replayed)
+    assert torch.equal(torch.stack([one.experts for one in output.routings], dim=1), others.long())
+    for routing in output.routings:  # their gates are those of the router (eq. 13-14)
+        gates = routing.affinity.gather(1, routing.experts)
+        gates = gates / gates.sum(1, keepdim=True) * config.routed_scaling_factor
+        assert torch.allclose(routing.gates, gates)
+    compared = policy_batch(judged, lesson=replace(LESSON, routing="compare"), **options)
+    assert torch.equal(model(compared).hidden, model(replace(compared, drawn_experts=None)).hidden)
+
+
+def test_replaying_what_the_router_chooses_changes_nothing(settings, tmp_path):
+    records = []
+    for routing in ("own", "replay"):
+        lesson = replace(LESSON, routing=routing, updates_per_rollout=1)
+        result = grpo(settings, folder=tmp_path / routing, lesson=lesson, task=TASK, rewards=[VARIED])
+        records.append(records_of(result.folder, "grpo"))
+    for one, two in zip(*records, strict=True):
+        assert one["reward"] == two["reward"]
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4, abs=1e-6)

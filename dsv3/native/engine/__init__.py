@@ -66,6 +66,7 @@ class Pass(ctypes.Structure):
         *((name, _ADDRESS) for name in ("positions", "starts", "page_starts", "pages", "cache")),
         ("num_pages", _NUMBER),
         ("page_tokens", _NUMBER),
+        ("experts", _ADDRESS),
     ]
 
 

@@ -53,6 +53,7 @@ struct Pass {
   const int64_t *positions, *starts, *page_starts, *pages;
   float* cache;  // layer x page x token of the page x (latent + rope)
   int64_t num_pages, page_tokens;
+  int32_t* experts;  // layer of the pass x token x chosen: where tokens went, in layers that have experts; or null
 };
 
 namespace {
@@ -528,6 +529,8 @@ class Forward {
     });
     each_token(step, [&](int64_t t) {
       choose(model_, layer, logits_.x + t * logits_.stride, &space_.experts[t * chosen], &space_.gates[t * chosen], room);
+      if (pass_.experts)
+        std::copy_n(&space_.experts[t * chosen], chosen, pass_.experts + ((index - pass_.first_layer) * pass_.tokens + t) * chosen);
       if (model_.shared_width) activate_shared(model_.shared_width, t);
     });
     team_.each(step, 1, 1, [&](int64_t) { group_by_expert(space_.first_row[index], space_.busy[index]); });
