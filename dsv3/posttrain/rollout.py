@@ -63,8 +63,11 @@ def draw_answers(
     max_tokens: int,
     seed: int,
     with_logprobs: bool = True,
+    places: Sequence[int] | None = None,
 ) -> list[Answer]:
     """Return `group_size` answers to each problem, side by side. The same weights and seed give the same answers.
+
+    `places` are what chance knows the problems by; where they stand here, unless given.
 
     Raises:
         ConfigError: a prompt leaves no room for an answer.
@@ -86,13 +89,14 @@ def draw_answers(
         max_step_tokens=2048,
     )
     engine = Engine(runner, config=config, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
-    for place, prompt in enumerate(prompts):
+    numbers = range(len(problems)) if places is None else places
+    for place, (prompt, known_by) in enumerate(zip(prompts, numbers, strict=True)):
         for number in range(group_size):
             params = SamplingParams(
                 temperature=temperature,
                 top_p=1.0,
                 max_tokens=max_tokens,
-                seed=hash_parts(seed, place, number) >> 1,
+                seed=answer_seed(seed, place=known_by, number=number),
             )
             name = f"{place} {number}"
             engine.add(Request(id=name, prompt_ids=prompt, params=params, num_logprobs=0 if with_logprobs else None))
@@ -128,6 +132,11 @@ def draw_answers(
                 )
             )
     return answers
+
+
+def answer_seed(seed: int, *, place: int, number: int) -> int:
+    """Return what all chance in one answer hangs on."""
+    return hash_parts(seed, place, number) >> 1
 
 
 def prompt_of(problem: Problem, *, tokenizer: Tokenizer) -> list[int]:
