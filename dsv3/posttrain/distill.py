@@ -9,29 +9,26 @@ all that the teacher said. From that a call that was stopped goes on.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from dsv3.config.files import to_dict
 from dsv3.config.teaching import DistillConfig
-from dsv3.errors import ConfigError, DataError
+from dsv3.errors import ConfigError
 from dsv3.posttrain.candidates import CandidateFile
-from dsv3.posttrain.contamination import IN_A_ROW, WHOLE, Exclusions
-from dsv3.posttrain.problem import Message, Problem
+from dsv3.posttrain.contamination import Exclusions
+from dsv3.posttrain.distilled_set import Counts, Samples, card_of, with_system, write_set
+from dsv3.posttrain.problem import Problem
 from dsv3.posttrain.rewards import Reward, rewards_named
-from dsv3.posttrain.selection import REASONS, select
 from dsv3.posttrain.tasks import Task, task_named
 from dsv3.posttrain.teacher import Candidate, ModelTeacher, Question, Teacher, file_hash
-from dsv3.runtime.atomic import whole_file, write_json
+from dsv3.runtime.atomic import write_json
 from dsv3.runtime.hold import hold_folder
 from dsv3.runtime.rank import num_ranks
 from dsv3.train.stop import stop_on_signals
 
-ORIGINAL, BY_TEACHER = "original", "teacher"
-"""Kinds of samples: <problem, original response>, and <system prompt, problem, response of the teacher>."""
 FREE_TO_CHANGE = ("concurrency", "timeout_seconds", "retries", "key_variable")
 """Settings that change nothing of the set."""
 
@@ -55,27 +52,6 @@ class DistillResult:
     def finished(self) -> bool:
         """Whether the set is written."""
         return self.card is not None
-
-
-@dataclass(kw_only=True)
-class Counts:
-    """What became of everything."""
-
-    problems: int = 0
-    questions: dict[str, Counter[str]] = field(default_factory=dict)
-    """Evaluation file -> how many questions it has, whole or in a row."""
-    contaminated: int = 0
-    answers: Counter[str] = field(default_factory=Counter)
-    """Evaluation file -> how many answers it shares words with."""
-    originals: Counter[str] = field(default_factory=Counter)
-    drawn: list[int] = field(default_factory=list)
-    """Tokens of each."""
-    kept: list[int] = field(default_factory=list)
-    rewards: list[float] = field(default_factory=list)
-    """Of those kept."""
-    rejected: Counter[str] = field(default_factory=Counter)
-    solved: int = 0
-    """Problems of which an answer was kept."""
 
 
 def distill(
@@ -127,10 +103,10 @@ def distill(
         )
         card = None
         if all(one.place in answers for one in questions):
-            said = {**teacher.identity, "task": task.name, "dsv3": answers.version}
-            lines = samples(questions, answers=answers, config=config, exclusions=exclusions, counts=counts, said=said)
-            _write(lines, output=output, counts=counts)
-            card = _card(counts, output=output, settings=drawn, version=answers.version)
+            known = {"task": task.name, "dsv3": answers.version}
+            made = Samples(config=config, exclusions=exclusions, counts=counts, known=known, teacher=teacher.identity)
+            write_set(made.of(questions, answers=answers), output=output, counts=counts)
+            card = card_of(counts, output=output, settings=drawn, version=answers.version)
             write_json(card, path=output.with_suffix(".json"))
         return DistillResult(output=output, answered=len(answers), total=len(questions), card=card)
 
@@ -171,85 +147,6 @@ def clean_questions(
     return asked
 
 
-def with_system(messages: Sequence[Message], *, prompt: str) -> tuple[Message, ...]:
-    """Return messages that begin with a system prompt; one that is there comes after it."""
-    if not prompt:
-        return tuple(messages)
-    if messages and messages[0].get("role") == "system":
-        own = messages[0]["content"]
-        return ({"role": "system", "content": f"{prompt}\n\n{own}"}, *messages[1:])
-    return ({"role": "system", "content": prompt}, *messages)
-
-
-def samples(
-    questions: Sequence[Question],
-    *,
-    answers: CandidateFile,
-    config: DistillConfig,
-    exclusions: Exclusions,
-    counts: Counts,
-    said: dict[str, str],
-) -> Iterator[dict[str, Any]]:
-    """Yield the lines of the set, in the order of the problems; `said` is what those of the teacher have in common."""
-    seen: set[bytes] = set()
-
-    def is_contaminated(text: str) -> bool:
-        found = exclusions.with_answer(text)
-        counts.answers.update(found)
-        return bool(found)
-
-    for question in questions:
-        problem = question.problem
-        about = {"name": problem.name, "problem": question.place}
-        if config.originals and (text := original_of(problem)):
-            messages = [*problem.messages, {"role": "assistant", "content": text}]
-            verdict = "contaminated" if is_contaminated(text) else "copy" if _hash(messages) in seen else "kept"
-            counts.originals[verdict] += 1
-            if verdict == "kept":
-                seen.add(_hash(messages))
-                known = {name: said[name] for name in ("task", "dsv3")}
-                yield {"messages": messages, "provenance": {"kind": ORIGINAL, **known, **about}}
-        prompt = with_system(problem.messages, prompt=config.system_prompt if config.write_system else "")
-
-        def said_by(text: str, *, prompt: tuple[Message, ...] = prompt) -> list[Message]:
-            return [*prompt, {"role": "assistant", "content": text}]
-
-        candidates = answers.candidates_of(question.place)
-        selection = select(
-            candidates,
-            config=config,
-            is_contaminated=is_contaminated,
-            is_known=lambda text, said_by=said_by: _hash(said_by(text)) in seen,  # type: ignore[misc]
-        )
-        counts.drawn += [one.num_tokens for one in candidates]
-        counts.rejected.update(selection.rejected.values())
-        counts.solved += bool(selection.kept)
-        for one in selection.kept:
-            messages = said_by(one.text)
-            seen.add(_hash(messages))
-            counts.kept.append(one.num_tokens)
-            counts.rewards.append(one.reward)
-            yield {
-                "messages": messages,
-                "provenance": {
-                    "kind": BY_TEACHER,
-                    **said,
-                    **about,
-                    "temperature": config.temperature,
-                    "seed": one.seed,
-                    "candidate": one.number,
-                    "scores": dict(one.scores),
-                    "reward": one.reward,
-                    "tokens": one.num_tokens,
-                },
-            }
-
-
-def original_of(problem: Problem) -> str:
-    """Return the response that came with a problem, or else its answer; empty where it has neither."""
-    return str(problem.more.get("response") or problem.answer).strip()
-
-
 def problems_hash(problems: Sequence[Problem]) -> str:
     """Return a hash of all that problems are."""
     digest = hashlib.sha256()
@@ -282,63 +179,13 @@ def _ask(
             answers.add(question.place, candidates=judged)
             done += 1
             right += any(one.finished and one.reward > 0 for one in judged)
-            notify({"answered": len(answers), "now": done, "rewarded": right, "length": _mean(judged)})
+            notify({"answered": len(answers), "now": done, "rewarded": right})
 
 
 def judge(candidate: Candidate, *, problem: Problem, rules: Sequence[Reward]) -> Candidate:
     """Return an answer with what it is worth."""
     scores = {rule.name: rule.score(problem, candidate.text) for rule in rules}
     return replace(candidate, scores=scores, reward=sum(rule.weight * scores[rule.name] for rule in rules))
-
-
-def _write(lines: Iterator[dict[str, Any]], *, output: Path, counts: Counts) -> None:
-    with whole_file(output) as file:
-        for line in lines:
-            file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
-        if not counts.kept and not counts.originals["kept"]:
-            reasons = ", ".join(f"{reason}: {count:,}" for reason, count in counts.rejected.most_common())
-            raise DataError(
-                f"nothing is left to write to {output}: of {counts.problems:,} problems {counts.contaminated:,} are in "
-                f"an evaluation; answers rejected: {reasons or 'none'}"
-            )
-
-
-def _card(counts: Counts, *, output: Path, settings: dict[str, Any], version: str) -> dict[str, Any]:
-    return {
-        "file": output.name,
-        "sha256": file_hash(output),
-        "dsv3": version,
-        "lines": {ORIGINAL: counts.originals["kept"], BY_TEACHER: len(counts.kept)},
-        "problems": {
-            "given": counts.problems,
-            "contaminated": counts.contaminated,
-            "asked": counts.problems - counts.contaminated,
-            "with an answer kept": counts.solved,
-        },
-        "contaminated": {
-            file: {WHOLE: met[WHOLE], IN_A_ROW: met[IN_A_ROW], "answers": counts.answers[file]}
-            for file, met in counts.questions.items()
-        },
-        "answers": {
-            "drawn": len(counts.drawn),
-            "kept": len(counts.kept),
-            "rejected": {reason: counts.rejected[reason] for reason in REASONS},
-            "mean tokens drawn": fmean(counts.drawn) if counts.drawn else 0.0,
-            "mean tokens kept": fmean(counts.kept) if counts.kept else 0.0,
-            "mean reward kept": fmean(counts.rewards) if counts.rewards else 0.0,
-        },
-        "originals": dict(sorted(counts.originals.items())),
-        "settings": settings,
-    }
-
-
-def _hash(messages: Sequence[Message]) -> bytes:
-    stripped = [{**one, "content": str(one.get("content")).strip()} for one in messages]
-    return hashlib.sha256(json.dumps(stripped, sort_keys=True).encode()).digest()
-
-
-def _mean(candidates: Sequence[Candidate]) -> float:
-    return fmean(one.num_tokens for one in candidates)
 
 
 def _ignore(record: dict[str, Any]) -> None:
