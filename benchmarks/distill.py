@@ -4,8 +4,8 @@ The report's Table 9 in small (31.1 to 37.4 on LiveCodeBench-CoT, 74.6 to 83.2 o
 769 to 1,510 tokens). Problems are chains of five sums and products, read from left to right, whose remainder by 5 is
 asked: each step is one of 40 facts, and all of them at once are too much for three layers. The expert was taught on
 worked solutions of problems of its own to write every step between <think> and </think>. `posttrain.distill` has it
-answer the student's problems and keeps what is right. One model, taught to answer at once, is then fine-tuned on the
-plain answers and, for as many tokens, on the expert's; both answer the same held-out problems greedily. `runs/distill`
+answer other problems and keeps what is right. As in the report, one base is then fine-tuned on the short answers of
+these problems, and on the expert's for as many tokens; both answer the same held-out problems greedily. `runs/distill`
 keeps everything, and a call that was stopped goes on.
 """
 
@@ -46,14 +46,14 @@ FOLDER = Path(__file__).parents[1] / "runs" / "distill"
 STEPS, DIVISOR = 5, 5
 LENGTH = 128
 EXPERT_PROBLEMS, STUDENT_PROBLEMS, HELD_OUT = 6000, 3000, 400
-EXPERT_EPOCHS, FIRST_EPOCHS, STUDENT_EPOCHS = 4, 8, 8
+EXPERT_EPOCHS, STUDENT_EPOCHS = 3, 6
 RATES = (3e-3, 3e-4)
 
 
 def main() -> None:
     options = arguments(__doc__)
     folder = FOLDER.with_name("distill_quick") if options.quick else FOLDER
-    part = 3 if options.quick else 1
+    part = 2 if options.quick else 1
     torch.set_num_threads(min(2, torch.get_num_threads()))
     chance = Random(0)
     asked: set[str] = set()
@@ -69,7 +69,6 @@ def main() -> None:
     worked = write(own, key="worked", path=folder / "worked.jsonl")
     plain = write(problems, key="answer", path=folder / "plain.jsonl")
     expert = teach(base, data=worked, epochs=EXPERT_EPOCHS, folder=folder / "expert")
-    first = teach(base, data=plain, epochs=FIRST_EPOCHS, folder=folder / "first")
     config = DistillConfig(
         teacher=str(expert),
         originals=False,
@@ -88,15 +87,14 @@ def main() -> None:
     distilled = str(made.output)
     tokens = STUDENT_EPOCHS * count_tokens(distilled, run=base)
     epochs = round(tokens / count_tokens(plain, run=base))
-    after_plain = teach(first, data=plain, epochs=epochs, folder=folder / "after_plain")
-    after_distilled = teach(first, data=distilled, epochs=STUDENT_EPOCHS, folder=folder / "after_distilled")
+    on_plain = teach(base, data=plain, epochs=epochs, folder=folder / "on_plain")
+    on_distilled = teach(base, data=distilled, epochs=STUDENT_EPOCHS, folder=folder / "on_distilled")
     table = {
         name: measure(run, problems=held_out)
         for name, run in (
             ("expert", expert),
-            ("student before", first),
-            ("student on plain answers", after_plain),
-            ("student on distilled answers", after_distilled),
+            ("student on plain answers", on_plain),
+            ("student on distilled answers", on_distilled),
         )
     }
     for name, row in table.items():
@@ -112,13 +110,13 @@ def chain(chance: Random, *, asked: set[str]) -> Problem:
         for _ in range(STEPS):
             sign, operand = chance.choice("+*"), chance.randrange(1, DIVISOR)
             after = (value + operand if sign == "+" else value * operand) % DIVISOR
-            steps.append(f"{value}{sign}{operand}={after}")
-            said.append(f"{sign}{operand}")
+            steps.append(f"{sign}{operand}={after}")
+            said.append(f", {sign}{operand}")
             value = after
         name = "".join(said)
         if name not in asked:
             asked.add(name)
-            worked = f"<think>{' '.join(steps)}</think>{value}"
+            worked = f"<think>{''.join(steps)}</think>{value}"
             return Problem(
                 messages=({"role": "user", "content": name},), answer=str(value), name=name, more={"worked": worked}
             )
