@@ -39,7 +39,10 @@ class Counts:
     originals: Counter[str] = field(default_factory=Counter)
     drawn: list[int] = field(default_factory=list)
     """Tokens of every answer of the teacher."""
-    kept: list[Candidate] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+    """Tokens of those kept."""
+    rewards: list[float] = field(default_factory=list)
+    """What each of these is worth."""
     rejected: Counter[str] = field(default_factory=Counter)
     solved: int = 0
     """Problems of which an answer was kept."""
@@ -93,7 +96,8 @@ class Samples:
             is_known=lambda text: _hash([*prompt, _answer(text)]) in self._seen,
         )
         counts.drawn += [one.num_tokens for one in candidates]
-        counts.kept += selection.kept
+        counts.kept += [one.num_tokens for one in selection.kept]
+        counts.rewards += [one.reward for one in selection.kept]
         counts.rejected.update(selection.rejected.values())
         counts.solved += bool(selection.kept)
         for one in selection.kept:
@@ -174,8 +178,8 @@ def card_of(counts: Counts, *, output: Path, settings: dict[str, Any], version: 
             "kept": len(kept),
             "rejected": {reason: counts.rejected[reason] for reason in REASONS},
             "mean tokens drawn": fmean(counts.drawn) if counts.drawn else 0.0,
-            "mean tokens kept": fmean(one.num_tokens for one in kept) if kept else 0.0,
-            "mean reward kept": fmean(one.reward for one in kept) if kept else 0.0,
+            "mean tokens kept": fmean(kept) if kept else 0.0,
+            "mean reward kept": fmean(counts.rewards) if kept else 0.0,
         },
         "originals": dict(sorted(counts.originals.items())),
         "settings": settings,
