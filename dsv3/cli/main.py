@@ -22,6 +22,7 @@ VERBS = (
     "pretrain",
     "extend",
     "sft",
+    "distill",
     "grpo",
     "generate",
     "chat",

@@ -1,7 +1,7 @@
 """Post-training (report 5): what a run of supervised fine-tuning or of GRPO asks for beyond training itself.
 
 Such a run is a run like any other, whose `config.json` says how it trains; what it is taught stands beside it, in
-`sft.json` or `grpo.json`.
+`sft.json` or `grpo.json`. Distillation trains nothing: its settings stand in the card of the set that it writes.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,13 @@ TOO_LONG = ("drop", "cut")
 LOSS_MEANS = ("sequence", "token")
 OLD_LOGPROBS = ("engine", "trainer")
 ROUTINGS = ("own", "compare", "replay")
+ENDPOINTS = ("http://", "https://")
+REFLECTION = (
+    "Work the problem out step by step before you answer. When you have a result, look back: verify each step, try "
+    "another way where there is one, and correct what turns out wrong. Write all this between <think> and </think>; "
+    "after it, give a short solution that ends in the answer."
+)
+"""Asks for reflection and verification, as the report's prompt does, whose words are unpublished."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,3 +117,77 @@ class GrpoConfig:
                 f"updates_per_rollout = {self.updates_per_rollout} does not divide the "
                 f"{self.problems_per_iteration * self.group_size} answers of a rollout"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Data for fine-tuning, answered by a teacher and kept where it is right (report 5.1). Numbers are unpublished."""
+
+    teacher: str
+    """A model of ours: a run, an export, a published folder; or the http(s):// address of an OpenAI API, with /v1."""
+    teacher_model: str = ""
+    """Name of the model at such an address."""
+    task: str = "arithmetic"
+    """What is asked: a task by name, or a .jsonl file of problems. Its held-out problems are not asked."""
+    problems: int = 0
+    """How many of them, from the first on; 0 is all."""
+    originals: bool = True
+    """Whether <problem, original response> is written too: a problem's own `response`, or else its answer."""
+    system_prompt: str = REFLECTION
+    """Of <system prompt, problem, response>; empty for none."""
+    ask_with_system: bool = True
+    """Whether the teacher is shown `system_prompt`."""
+    write_system: bool = True
+    """Whether the sample has it. Without, a student learns to reflect unasked, as the report's experts do after RL."""
+    candidates: int = 8
+    """Answers drawn for each problem."""
+    temperature: float = 1.0
+    """High, says the report."""
+    max_answer_tokens: int = 1024
+    """An answer that is longer is cut off, and rejected."""
+    min_answer_tokens: int = 1
+    """One that is shorter is rejected."""
+    rewards: tuple[str, ...] = ("answer=1",)
+    """NAME=WEIGHT of each reward; they add up."""
+    min_reward: float = 1.0
+    """An answer that is worth less is rejected."""
+    keep: int = 1
+    """Most answers kept of one problem: those worth most, of these the shortest."""
+    exclude: tuple[str, ...] = ()
+    """Files of evaluations, text or .jsonl: whatever shares 13 words in a row or a whole question with them is left
+    out."""
+    seed: int = 0
+    """Fixes every answer drawn; an endpoint may not hold to it."""
+    concurrency: int = 16
+    """Problems that an endpoint is asked at once."""
+    timeout_seconds: float = 600.0
+    """For one answer of an endpoint."""
+    retries: int = 5
+    """Times that an endpoint is asked again after 429, 5xx, a time-out or nonsense, after pauses that double."""
+    key_variable: str = ""
+    """Environment variable with the endpoint's key; empty for none."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "candidates", "temperature", "max_answer_tokens", "keep", "concurrency", "timeout_seconds"
+        )
+        require_not_negative(self, "problems", "min_answer_tokens", "seed", "retries")
+        if not self.teacher:
+            raise ConfigError("teacher = ''; give the folder of a model, or the address of an OpenAI API, with /v1")
+        if self.is_endpoint and not self.teacher_model:
+            raise ConfigError(f"{self.teacher} may serve several models; say which with teacher_model")
+        if self.teacher_model and not self.is_endpoint:
+            raise ConfigError(
+                f"teacher_model = {self.teacher_model!r} is for an address that begins with http:// or https://, and "
+                f"the teacher is the folder {self.teacher}"
+            )
+        if self.min_answer_tokens > self.max_answer_tokens:
+            raise ConfigError(
+                f"no answer has {self.min_answer_tokens} tokens or more and at most {self.max_answer_tokens}; lower "
+                "min_answer_tokens"
+            )
+
+    @property
+    def is_endpoint(self) -> bool:
+        """Whether the teacher is asked over HTTP."""
+        return self.teacher.startswith(ENDPOINTS)

@@ -93,7 +93,7 @@ def open_lesson(
         set_threads(config.runtime.threads)
         choose_cpu_kernels(config.runtime.cpu_kernels)
         state = new_state(config, ranks=ranks)
-        digest = hashlib.sha256(f"{json.dumps(to_dict(lesson), sort_keys=True)} {data}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{json.dumps(_chosen(lesson), sort_keys=True)} {data}".encode()).hexdigest()
         newest = newest_snapshot(folder, ranks=ranks)
         if newest is not None:
             restore_state(state, path=newest, data=digest)
@@ -141,6 +141,12 @@ def begin_with(state: TrainState, *, base: ModelFolder) -> None:
 def tokenizer_folder(folder: Path) -> Path:
     """Return where a run keeps its tokenizer."""
     return folder / "corpus" / "tokenizer"
+
+
+def _chosen(lesson: Any) -> dict[str, Any]:
+    """Return the settings that are not as they are by default: so a new one does not make old snapshots strange."""
+    defaults = to_dict(type(lesson)())
+    return {name: value for name, value in to_dict(lesson).items() if value != defaults[name]}
 
 
 def _bring_tokenizer(base: ModelFolder, *, folder: Path) -> None:

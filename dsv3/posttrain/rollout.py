@@ -73,7 +73,7 @@ def draw_answers(
 ) -> list[Answer]:
     """Return `group_size` answers to each problem, side by side. The same weights and seed give the same answers.
 
-    `places` are those of the problems among all that are asked with this seed, where these are but some of them.
+    `places` are what chance knows the problems by; where they stand here, unless given.
 
     Raises:
         ConfigError: a prompt leaves no room for an answer.
@@ -95,13 +95,14 @@ def draw_answers(
         max_step_tokens=2048,
     )
     engine = Engine(runner, config=config, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
-    for place, prompt in zip(places or range(len(prompts)), prompts, strict=True):
+    numbers = range(len(problems)) if places is None else places
+    for place, (prompt, known_by) in enumerate(zip(prompts, numbers, strict=True)):
         for number in range(group_size):
             params = SamplingParams(
                 temperature=temperature,
                 top_p=1.0,
                 max_tokens=max_tokens,
-                seed=hash_parts(seed, place, number) >> 1,
+                seed=answer_seed(seed, place=known_by, number=number),
             )
             name = f"{place} {number}"
             engine.add(
@@ -130,7 +131,7 @@ def draw_answers(
                 if event.end is not None:
                     logprobs[event.id].append(event.end.logprob)
     answers = []
-    for place, problem, prompt in zip(places or range(len(prompts)), problems, prompts, strict=True):
+    for place, (problem, prompt) in enumerate(zip(problems, prompts, strict=True)):
         for number in range(group_size):
             name = f"{place} {number}"
             finished = ended[name] is FinishReason.END_OF_TEXT
@@ -147,6 +148,11 @@ def draw_answers(
                 )
             )
     return answers
+
+
+def answer_seed(seed: int, *, place: int, number: int) -> int:
+    """Return what all chance in one answer hangs on."""
+    return hash_parts(seed, place, number) >> 1
 
 
 def prompt_of(problem: Problem, *, tokenizer: Tokenizer) -> list[int]:

@@ -1,4 +1,4 @@
-"""dsv3 sft and dsv3 grpo as they are typed."""
+"""dsv3 sft, dsv3 distill and dsv3 grpo as they are typed."""
 
 import json
 import subprocess
@@ -54,6 +54,27 @@ def test_a_base_is_taught_and_then_finds_out_more(base, chats, tmp_path, capsys)
     assert run("chat", tmp_path / "rl", "--help") == 0
 
 
+def test_a_taught_model_teaches_another(base, chats, tmp_path, capsys):
+    taught, output = tmp_path / "taught", tmp_path / "set.jsonl"
+    assert run("sft", base, "--data", chats, "--run", taught, "--rows", 2, "--learning-rate", 1e-2, "--epochs", 2) == 0
+    exclude = tmp_path / "eval.txt"
+    exclude.write_text("0 + 1 + 2\n")
+    options = ("--problems", 30, "--candidates", 4, "--max-tokens", 4, "--min-reward", 0, "--system", "Add.")
+    command = ("distill", "--teacher", taught, "--output", output, *options, "--exclude", exclude)
+    capsys.readouterr()
+    assert run(*command, "--set", "ask_with_system=false") == 0
+    said = capsys.readouterr().out
+    card = json.loads((tmp_path / "set.json").read_text())
+    assert f"{card['problems']['asked']} problems asked, " in said
+    assert f"{exclude}: 1 problems whole and 0 by 13 words in a row left out, 0 answers" in said
+    assert f"dsv3 sft BASE --data {output}" in said
+    assert card["settings"]["system_prompt"] == "Add."
+    assert run(*command) == 2
+    assert "ask_with_system was False and is now True" in capsys.readouterr().err
+    assert run("sft", base, "--data", output, "--run", tmp_path / "student", "--epochs", 1, "--length", 64) == 0
+    assert f"{sum(card['lines'].values())} conversations" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -103,20 +124,8 @@ def test_two_ranks_draw_and_learn_what_one_does(base, tmp_path):
     """Five problems do not divide over two ranks; what is drawn hangs on their places alone."""
     problems = tmp_path / "problems.jsonl"
     problems.write_text("".join(json.dumps({"prompt": f"say {n}", "answer": str(n)}) + "\n" for n in range(40)))
-    options = [
-        "--task",
-        problems,
-        "--reward",
-        "answer",
-        "--iterations",
-        3,
-        "--problems",
-        5,
-        "--group",
-        4,
-        "--updates",
-        2,
-    ]
+    options = ["--task", problems, "--reward", "answer", "--iterations", 3, "--problems", 5]
+    options += ["--group", 4, "--updates", 2]
     options += ["--max-tokens", 6, "--learning-rate", 1e-2, "--lesson", "kl_weight=0.1", "--lesson", "validate_every=2"]
     records, said = [], []
     for count in (1, 2):
@@ -131,3 +140,22 @@ def test_two_ranks_draw_and_learn_what_one_does(base, tmp_path):
         for key in one.keys() - {"kind", "first_ratio_off"}:
             assert one[key] == pytest.approx(two[key], rel=1e-4, abs=1e-6), key
     assert said[1].count("finished after") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--teacher", "nowhere"), "cannot load a model from nowhere"),
+        (("--teacher", "http://host/v1"), "say which with teacher_model"),
+        (("--teacher", "BASE", "--task", "poetry"), "no task 'poetry'"),
+        (("--teacher", "BASE", "--exclude", "absent.txt"), "cannot read absent.txt"),
+        (("--teacher", "BASE", "--set", "temprature=2"), "did you mean 'temperature'"),
+        (("--teacher", "BASE", "--max-tokens", 500), "use fewer max_answer_tokens"),
+    ],
+)
+def test_mistakes_of_distillation_are_told_in_a_line(base, tmp_path, capsys, arguments, told):
+    given = (base if word == "BASE" else word for word in arguments)
+    assert run("distill", *given, "--output", tmp_path / "set.jsonl") == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert "Traceback" not in error
