@@ -39,6 +39,14 @@ SMALL = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_lessons():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quickstart_file, "SFT_EPOCHS", 1)
+        patch.setattr(quickstart_file, "GRPO_ITERATIONS", 4)
+        yield
+
+
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
@@ -82,7 +90,7 @@ def without_times(entries):
 
 def test_a_quickstart_leaves_a_model_an_evaluation_samples_and_a_report(finished):
     stages = json.loads((finished / "stages.json").read_text())
-    assert list(stages["done"]) == ["corpus", "pretrain", "evaluate", "extend", "sample", "report"]
+    assert list(stages["done"]) == ["corpus", "pretrain", "evaluate", "extend", "sft", "grpo", "sample", "report"]
     assert load(finished).generate("The sea ", max_tokens=3, temperature=0.0)
     closing = read_lines(finished / "samples.jsonl")[-1]
     assert closing["prompt"] == "The sea "
@@ -91,6 +99,8 @@ def test_a_quickstart_leaves_a_model_an_evaluation_samples_and_a_report(finished
     assert "Kneser-Ney" in page
     assert "not finished" not in page
     assert "Perplexity by position in a long text" in page
+    assert "Held-out problems, and what the model answers as it learns" in page
+    assert not load(finished / "sft" / "grpo").is_base
 
 
 def test_a_quickstart_lengthens_the_context_in_two_phases(finished):
