@@ -51,5 +51,7 @@ class EvalTask:
     """For 'choices', what a log-likelihood is divided by: 'none', 'bytes' or 'tokens' (6.1: length, but for ARC)."""
     group_by: str = ""
     """Key of `Question.more` by which scores are also told apart (subject, language)."""
+    ratios: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Scores that are a sum over a sum, and no mean over questions: name -> the scores above and below."""
     note: str = ""
     """Where this differs from the published protocol."""
