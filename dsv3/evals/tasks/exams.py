@@ -25,7 +25,7 @@ CHINESE = tuple(
 )
 LETTER = re.compile("[A-F]")
 IN_DOLLARS = re.compile(r"\$(.*)\$")
-PLAIN_NUMBER = re.compile(r"\$?\d+(?:\.\d+)?(?!\w)")
+PLAIN_NUMBER = re.compile(r"-?\$?\d+(?:\.\d+)?(?!\w)")
 
 
 def agieval(folder: Path) -> Iterator[Question]:

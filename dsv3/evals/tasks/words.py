@@ -2,13 +2,16 @@
 
 import re
 
-MARK = re.compile(r"[][(){}<>;@#$%&?!*\"«»“”‘’„]|--|\.{2,}|[:,](?!\d)|(?<=[^\s])'(?=\s|$)")
+MARK = re.compile(
+    r"[][(){}<>;@#$%&?!*\"«»“”‘’„\u2012-\u2015]|--|\.{2,}|`+|[:,](?!\d)|(?<=[^\s'])'(?=\s|$)"
+    r"|(?i:(?<!\w)'(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w))"
+)
 """What NLTK parts from the word beside it."""
-CONTRACTION = re.compile(r"(?<=[^' ])('S|'M|'D|'LL|'RE|'VE|N'T)(?=\s|$)")
-FUSED = re.compile(r"\b(CAN)(NOT)\b|\b(GIM)(ME)\b|\b(GON)(NA)\b|\b(GOT)(TA)\b|\b(LEM)(ME)\b|\b(WAN)(NA)\b")
+CONTRACTION = re.compile(r"(?<=[^' ])('[sS]|'[mM]|'[dD]|'ll|'LL|'re|'RE|'ve|'VE|n't|N'T)(?=\s|$)")
+FUSED = re.compile(r"\b(CAN)(NOT)\b|\b(GIM)(ME)\b|\b(GON)(NA)\b|\b(GOT)(TA)\b|\b(LEM)(ME)\b|\b(WAN)(NA)(?=\s)")
 
 END = re.compile(r"[.?!]+[\"'”’)\]*_]*(?=\s+\S)")
-INITIAL = re.compile(r"(?:^|[\s(\"'“])(?:[A-Za-z]|(?:[A-Za-z]\.)+[A-Za-z])$")
+INITIAL = re.compile(r"(?:^|[\s(\"“])(?:[A-Za-z]|(?:[A-Za-z]\.)+[A-Za-z])$")
 ABBREVIATIONS = frozenset(
     (
         *("mr", "mrs", "ms", "dr", "prof", "rev", "gen", "sen", "rep", "st", "jr", "sr", "inc", "ltd", "co", "corp"),
@@ -41,7 +44,6 @@ def ends_sentence(text: str, match: re.Match[str]) -> bool:
         return True
     before = text[: match.start()].split()
     word = before[-1].lstrip("(\"'“[*_").lower() if before else ""
-    following = text[match.end() :].lstrip()[:1]
     if word in ABBREVIATIONS or INITIAL.search(text[: match.start()][-12:]):
         return False
-    return not following.islower()
+    return not (word.isdigit() and text[match.end() :].lstrip()[:1].islower())
