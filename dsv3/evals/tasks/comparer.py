@@ -30,7 +30,9 @@ class Comparer:
     def same(self, found: str, wanted: str) -> bool:
         """Tell whether two answers are the same mathematics; what is not told in time is not."""
         with self._lock:
-            if self._process is None or self._process.poll() is not None:
+            if self._process is not None and self._process.poll() is not None:
+                self.close()
+            if self._process is None:
                 self._process = _start()
             assert self._process.stdin is not None
             assert self._process.stdout is not None

@@ -50,6 +50,7 @@ INSTRUCTION_FOLLOWING = (
         shots=0,
         questions=ifeval,
         grade=grade,
+        chat=True,
         ratios={
             "instruction strict": ("followed strict", "instructions"),
             "instruction loose": ("followed loose", "instructions"),

@@ -206,8 +206,9 @@ MATHEMATICS = (
         shots=0,
         questions=math500,
         grade=grade_math,
+        chat=True,
         group_by="subject",
-        note="For chat models; the report gives no prompt, this is the one that DeepSeek asks users of its models for",
+        note="The report gives no prompt; this is the one that DeepSeek asks users of its models for",
     ),
     EvalTask(
         name="cmath",

@@ -132,8 +132,8 @@ def arc_challenge(folder: Path) -> Iterator[Question]:
 
 
 ARC_NOTE = (
-    "The report leaves the form open. Options are shown and letters scored, as for MMLU: scores as high as the "
-    "report's are not reached by scoring the options' text, which DeepSeek LLM normalised unconditionally"
+    "The form is not published. Options are shown and letters scored, as for MMLU, which we infer from the height of "
+    "the report's scores; DeepSeek LLM scored the options' text, normalised unconditionally"
 )
 MULTIPLE_CHOICE = (
     EvalTask(name="mmlu", protocol="choices", metric="EM", shots=5, questions=mmlu, group_by="subject"),
@@ -154,6 +154,7 @@ MULTIPLE_CHOICE = (
         shots=0,
         questions=mmlu_pro_chat,
         grade=grade_letter,
+        chat=True,
         group_by="subject",
         note="Without the five worked answers of the validation split, which is not in the data; where no letter is "
         "found the published evaluation draws one, and here the answer is wrong",

@@ -44,7 +44,7 @@ def published(name):
     return module
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
     """YAML whose functions are left as their names."""
 
 

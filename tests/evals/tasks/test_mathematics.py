@@ -128,13 +128,14 @@ def test_math500_has_its_own_answers(shared_data):
             assert TASKS["math500"].grade(question, record["solution"])["EM"] == 1.0, question.id
 
 
-def test_normal_forms_are_equal_exactly_where_minervas_are(shared_data):
+@pytest.mark.parametrize("step", [29, pytest.param(1, marks=pytest.mark.slow)])
+def test_normal_forms_are_minervas(shared_data, step):
     theirs = published("minerva_math.utils")
     chance = random.Random(0)
     for file in ("math500", "train4500"):
         solutions = [record["solution"] for record in records(shared_data / "math" / f"{file}.jsonl.gz")]
         answers = [theirs.remove_boxed(theirs.last_boxed_only_string(one)) for one in solutions]
-        for answer in answers[:: 3 if file == "math500" else 19]:
+        for answer in answers[::step]:
             for one in (answer, f"${answer}$", f"x = {answer}", f"\\text{{{answer}}}", f"{answer} cm", f" {answer} "):
                 assert normal_form(one) == theirs.normalize_final_answer(one), one
         for a, b in zip(answers, chance.sample(answers, len(answers)), strict=True):
@@ -162,22 +163,17 @@ def test_answers_are_compared_as_mathematics(found, wanted, same):
     assert equivalent(found, wanted) == same
 
 
-def test_an_answer_that_never_ends_is_wrong_in_time():
+def test_an_answer_that_never_ends_is_wrong_in_time_and_the_next_is_judged():
     pytest.importorskip("math_verify")
     comparer = Comparer(seconds=0.5)
     begun = time.monotonic()
     assert not comparer.same("9^{9^{9^{9}}}", "3")
     assert time.monotonic() - begun < 60  # Imports of the process included.
+    comparer.seconds = 60.0
     assert comparer.same("0.5", "\\frac{1}{2}")
-    comparer.close()
-
-
-def test_a_process_that_dies_is_followed_by_another():
-    pytest.importorskip("math_verify")
-    comparer = Comparer()
-    assert comparer.same("2", "2.0")
     comparer._process.kill()
-    assert comparer.same("2", "2.0") or comparer.same("2", "2.0")  # The first may still meet the dying one.
+    comparer._process.wait()
+    assert comparer.same("2", "2.0")
     comparer.close()
 
 

@@ -31,7 +31,7 @@ def test_reference_programs_pass_and_empty_ones_fail(shared_data):
     solutions = {
         one["task_id"]: one["canonical_solution"] for one in records(shared_data / "humaneval" / "HumanEval.jsonl.gz")
     }
-    for question in sample("humaneval", shared_data, step=41):
+    for question in sample("humaneval", shared_data, step=90):
         assert score("humaneval", question, solutions[question.id] + "\ndef next(): broken(") == 1.0
         assert score("humaneval", question, "    return None\n") == 0.0
         whole = question.prompt + solutions[question.id]
@@ -41,7 +41,7 @@ def test_reference_programs_pass_and_empty_ones_fail(shared_data):
 
 def test_mbpp_references_pass_and_empty_ones_fail(shared_data):
     programs = {str(one["task_id"]): one["code"] for one in records(shared_data / "mbpp" / "mbpp.jsonl.gz")}
-    for question in sample("mbpp", shared_data, step=150):
+    for question in sample("mbpp", shared_data, step=300):
         assert score("mbpp", question, programs[question.id] + "\n[DONE]\n\nYou are broken(") == 1.0
         assert score("mbpp", question, f"```python\n{programs[question.id]}\n```") == 1.0
         assert score("mbpp", question, "pass\n[DONE]") == 0.0
@@ -67,7 +67,7 @@ def test_a_hole_is_filled_by_what_was_cut_out(shared_data):
 
 
 def test_the_right_output_is_right_and_another_wrong(shared_data):
-    for question in sample("cruxeval_o", shared_data, step=320):
+    for question in sample("cruxeval_o", shared_data, step=500):
         for answer in (f"assert f(1) == {question.answer}\n[/ANSWER]", question.answer, f"f(x) == {question.answer}"):
             assert score("cruxeval_o", question, answer) == 1.0
         for answer in ("assert f(1) == 'no'", "f(1)", "1 or True", "'a' == 'b' == 'c'", "", "import os", "(" * 500):
@@ -82,7 +82,7 @@ def test_an_output_may_hold_the_sign_of_equality(shared_data):
 
 def test_any_input_that_gives_the_output_is_right(shared_data):
     inputs = {one["id"]: one["input"] for one in records(shared_data / "cruxeval" / "cruxeval.jsonl.gz")}
-    for question in sample("cruxeval_i", shared_data, step=320):
+    for question in sample("cruxeval_i", shared_data, step=500):
         given = inputs[question.id]
         assert score("cruxeval_i", question, f"assert f({given}) == {question.answer}\n[/ANSWER]") == 1.0
         assert score("cruxeval_i", question, f"f(*[{given}])") == 1.0
