@@ -31,6 +31,8 @@ def follows(response: str, *, instruction: str, values: Mapping[str, Any], loose
     given = {name: value for name, value in values.items() if value}
     try:
         return any(rule(one, **given) for one in (readings(response) if loose else [response]) if one.strip())
+    except re.error as error:
+        raise DataError(f"a keyword of '{instruction}' is no pattern: {error}; they are in {given}") from error
     except TypeError as error:
         raise DataError(f"'{instruction}' does not take the values {given}: {error}") from error
 

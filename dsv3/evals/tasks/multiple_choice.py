@@ -54,14 +54,15 @@ def worked(item: Item, *, options: str, right: str) -> str:
 
 def mmlu(folder: Path) -> Iterator[Question]:
     """Read MMLU's test questions, each after the five of its subject's dev split."""
-    shots: dict[str, str] = defaultdict(str)
+    shots: dict[str, list[str]] = defaultdict(list)
     for item in read_items(folder / "mmlu" / "dev.jsonl.gz"):
-        shots[item.text("subject")] += worked(item, options="choices", right="answer")
+        shots[item.text("subject")].append(worked(item, options="choices", right="answer"))
     for item in read_items(folder / "mmlu" / "test.jsonl.gz"):
         subject = item.text("subject")
-        if subject not in shots:
-            raise item.broken(f"there are no worked examples of '{subject}' in {folder / 'mmlu' / 'dev.jsonl.gz'}")
-        before = header(subject) + shots[subject]
+        if (count := len(shots[subject])) != 5:
+            dev = folder / "mmlu" / "dev.jsonl.gz"
+            raise item.broken(f"there are {count} worked examples of '{subject}' in {dev}, and 5 are wanted")
+        before = header(subject) + "".join(shots[subject])
         yield letter_question(item, before=before, options="choices", right="answer", name=item.id, subject=subject)
 
 

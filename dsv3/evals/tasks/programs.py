@@ -8,7 +8,7 @@ from dsv3.data.special_tokens import FIM_BEGIN, FIM_END, FIM_HOLE
 from dsv3.evals.question import EvalTask, Question
 from dsv3.evals.sandbox import program_in, run_tests
 from dsv3.evals.tasks.answers import cut_at
-from dsv3.evals.tasks.items import Item, read_items
+from dsv3.evals.tasks.items import Item, first_items, read_items
 
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 INFILLING = {"single": "SingleLine", "multi": "MultiLine", "random": "RandomSpan"}
@@ -79,16 +79,15 @@ def grade_infilling(question: Question, answer: str) -> Mapping[str, float]:
 def mbpp(folder: Path) -> Iterator[Question]:
     """Read MBPP's 500 test problems, each after problems 2, 3 and 4 of its prompt split."""
     path = folder / "mbpp" / "mbpp.jsonl.gz"
-    before, split = "", {2: "shot", 3: "shot", 4: "shot"} | dict.fromkeys(range(11, 511), "test")
+    shots = first_items(path, count=4, id_key="task_id")[1:]
+    before = "".join(f"{mbpp_form(shot)}{shot.text('code')}\n[DONE]\n\n" for shot in shots)
     for item in read_items(path, id_key="task_id"):
-        match split.get(item.values["task_id"]):
-            case "shot":
-                before += f"{mbpp_form(item)}{item.text('code')}\n[DONE]\n\n"
-            case "test":
-                setup = item.values.get("test_setup_code") or ""
-                more = {"tests": (*filter(None, [setup]), *item.texts("test_list"))}
-                prompt = before + mbpp_form(item)
-                yield Question(id=item.id, prompt=prompt, stop=("[DONE]",), more=more)
+        if item.id != str(item.line):
+            raise item.broken("problems should stand in the order of 'task_id', by which MBPP is split")
+        if 11 <= item.line <= 510:
+            setup = item.values.get("test_setup_code") or ""
+            more = {"tests": (*filter(None, [setup]), *item.texts("test_list"))}
+            yield Question(id=item.id, prompt=before + mbpp_form(item), stop=("[DONE]",), more=more)
 
 
 def mbpp_form(item: Item) -> str:

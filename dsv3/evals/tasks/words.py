@@ -42,8 +42,8 @@ def ends_sentence(text: str, match: re.Match[str]) -> bool:
     """Tell whether this mark ends a sentence."""
     if match[0].strip("\"'”’)]*_") != ".":
         return True
-    before = text[: match.start()].split()
-    word = before[-1].lstrip("(\"'“[*_").lower() if before else ""
-    if word in ABBREVIATIONS or INITIAL.search(text[: match.start()][-12:]):
+    before = text[max(0, match.start() - 40) : match.start()]
+    word = before.split()[-1].lstrip("(\"'“[*_").lower() if before.strip() else ""
+    if word in ABBREVIATIONS or INITIAL.search(before):
         return False
-    return not (word.isdigit() and text[match.end() :].lstrip()[:1].islower())
+    return not (word.isdigit() and text[match.end() : match.end() + 10].lstrip()[:1].islower())

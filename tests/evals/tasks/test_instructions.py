@@ -216,5 +216,7 @@ def test_what_no_rule_knows_is_refused():
         follows("a", instruction="x:y", values={})
     with pytest.raises(DataError, match="does not take the values"):
         follows("a", instruction="punctuation:no_comma", values={"commas": 3})
+    with pytest.raises(DataError, match="is no pattern"):
+        follows("a :(", instruction="keywords:existence", values={"keywords": [":("]})
     with pytest.raises(DataError, match="'at least' another; 'about' is neither"):
         follows("a", instruction="length_constraints:number_words", values={"num_words": 3, "relation": "about"})
