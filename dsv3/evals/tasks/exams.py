@@ -23,6 +23,7 @@ CHINESE = tuple(
     f"gaokao-{subject}"
     for subject in ("biology", "chemistry", "chinese", "geography", "history", "mathqa", "physics", "mathcloze")
 )
+CLOZE = "gaokao-mathcloze"
 LETTER = re.compile("[A-F]")
 IN_DOLLARS = re.compile(r"\$(.*)\$")
 PLAIN_NUMBER = re.compile(r"-?\$?\d+(?:\.\d+)?(?!\w)")
@@ -32,7 +33,7 @@ def agieval(folder: Path) -> Iterator[Question]:
     """Read the exams that may be passed on, in the published zero-shot form."""
     for exam in (*ENGLISH, *CHINESE):
         for item in read_items(folder / "agieval" / f"{exam}.jsonl.gz"):
-            cloze = exam == "gaokao-mathcloze"
+            cloze = exam == CLOZE
             yield Question(
                 id=f"{exam}/{item.id}",
                 prompt=cloze_form(item) if cloze else choice_form(item, english=exam in ENGLISH),
@@ -58,24 +59,24 @@ def cloze_form(item: Item) -> str:
     return f"{item.values.get('passage') or ''}问题：{item.text('question')}\n答案："
 
 
-def right_letters(item: Item) -> frozenset[str]:
-    """Return the letters that are right; the files have them as 'A', ['A', 'C'] or 'A C'."""
+def right_letters(item: Item) -> str:
+    """Return the letters that are right, such as 'AC'; the files also have ['A', 'C'] and 'A C'."""
     label = item.values.get("label")
     letters = "".join(label) if isinstance(label, list) and all(isinstance(one, str) for one in label) else label
     known = LETTERS[: len(item.texts("options", at_least=2))]
     if not isinstance(letters, str) or not letters.strip() or not set(letters) <= {*known, " "}:
         raise item.broken(f"'label' should be of the letters {known}; it is {shown(label)}")
-    return frozenset(letters.replace(" ", ""))
+    return "".join(sorted(set(letters) - {" "}))
 
 
 def grade(question: Question, answer: str) -> Mapping[str, float]:
     """1 if the first letter is right; all letters where several may be; or the formula."""
-    if isinstance(question.answer, str):
+    if question.more["exam"] == CLOZE:
         found = formula_said(cut_at(answer, question.stop))
         return {"EM": float(found is not None and equivalent(found, question.answer.replace("$", "")))}
     letters = LETTER.findall(answer.strip().split("\n")[0])
     several = question.more["exam"] == "gaokao-physics" or len(question.answer) > 1
-    return {"EM": float(frozenset(letters if several else letters[:1]) == question.answer)}
+    return {"EM": float(set(letters if several else letters[:1]) == set(question.answer))}
 
 
 def formula_said(text: str) -> str | None:

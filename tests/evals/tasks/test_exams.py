@@ -32,7 +32,7 @@ def score(answer, wanted, *, exam="lsat-ar"):
     ],
 )
 def test_letters_are_read_as_published(answer, letters, exam, expected):
-    assert score(answer, frozenset(letters), exam=exam) == expected
+    assert score(answer, letters, exam=exam) == expected
 
 
 def test_formulas_are_found_and_compared_as_published(shared_data):
