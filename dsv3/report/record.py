@@ -40,7 +40,7 @@ class RunRecord:
     extension: dict[str, Any]
     """What `dsv3 extend` or the quickstart wrote to extension.json; empty when the context has not been lengthened."""
     lesson: str
-    """'sft' or 'grpo' of a run that was taught, else empty."""
+    """'sft', 'reward' or 'grpo' of a run that was taught, else empty."""
     taught: "RunRecord | None"
     """The GRPO run that began with this one, where the quickstart or `dsv3 grpo` has left it."""
     notes: tuple[str, ...]
@@ -88,7 +88,7 @@ def read_run(folder: Path) -> RunRecord:
     entries = read_lines(folder / "metrics.jsonl", notes=notes)
     if not any(entry.get("kind") in ("step", "grpo") for entry in entries):
         notes.append("No training step has been recorded yet (metrics.jsonl).")
-    lesson = next((name for name in ("sft", "grpo") if (folder / f"{name}.json").exists()), "")
+    lesson = next((name for name in ("sft", "reward", "grpo") if (folder / f"{name}.json").exists()), "")
     evaluation: dict[str, Any] = {}
     if (folder / "evaluation.json").exists():
         evaluation = read_object(folder / "evaluation.json", notes=notes, what="the evaluation")
