@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from dsv3.config.teaching import JudgeConfig
-from dsv3.errors import ConfigError
+from dsv3.errors import ConfigError, DataError
 from dsv3.evals.final_answer import THINK, final_answer, same_answer
 from dsv3.evals.sandbox import program_in, run_on_input, run_tests
+from dsv3.evals.tasks.instructions import follows
 from dsv3.evals.tasks.math_answer import equivalent
 from dsv3.posttrain.gym import gym_score
 from dsv3.posttrain.judge import open_judge
@@ -76,6 +77,23 @@ def thinks_first(problem: Problem, answer: str) -> float:  # noqa: ARG001
     )
 
 
+def instructions_are_followed(problem: Problem, answer: str) -> float:
+    """Return the share of IFEval's instructions that an answer follows, by the strict reading.
+
+    A problem names them as IFEval does: `instruction_id_list`, and in `kwargs` the values of each.
+
+    Raises:
+        DataError: there is no such instruction, or its values are not those that it takes.
+        MissingExtraError: langdetect is not installed, and an instruction is about a language.
+    """
+    names, values = (problem.more.get(key) or [] for key in ("instruction_id_list", "kwargs"))
+    if not names or len(names) != len(values):
+        raise DataError(f"{problem.name} has {len(names)} instructions and {len(values)} sets of values for them")
+    said = answer.rsplit("</think>", 1)[-1]
+    followed = [follows(said, instruction=name, values=given) for name, given in zip(names, values, strict=True)]
+    return sum(followed) / len(followed)
+
+
 def code_passes(problem: Problem, answer: str) -> float:
     """1 if the program in an answer passes the tests of the problem."""
     return float(bool(problem.tests) and run_tests(program_in(answer), tests=problem.tests).passed)
@@ -123,6 +141,7 @@ SCORES: dict[str, Score] = {
     "format": thinks_first,
     "code": code_passes,
     "stdin": program_prints,
+    "instructions": instructions_are_followed,
     "gym": gym_score,
 }
 MODELS = ("model", "judge")

@@ -18,6 +18,9 @@ HELD_OUT_RATE = 0.1
 """Of all problems of a task, by a hash of what is asked: so the same ones whatever the order, and however many."""
 
 
+JUDGED_BY = ("answer", "tests", "cases", "instruction_id_list")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """Problems in two parts that have none in common."""
@@ -95,9 +98,9 @@ def read_problems(path: Path) -> Iterator[Problem]:
         except ValueError as error:
             raise DataError(f"{name} is no JSON ({error})") from error
         if not isinstance(record, dict) or not ("prompt" in record or "messages" in record):
-            raise DataError(f"{name} is no problem: it needs 'prompt' or 'messages', and 'answer', 'tests' or 'cases'")
-        if not ("answer" in record or "tests" in record or "cases" in record):
-            raise DataError(f"{name} has neither 'answer' nor 'tests' nor 'cases': nothing can be said of an answer")
+            raise DataError(f"{name} is no problem: it needs 'prompt' or 'messages', and one of {', '.join(JUDGED_BY)}")
+        if not any(key in record for key in JUDGED_BY):
+            raise DataError(f"{name} has none of {', '.join(JUDGED_BY)}: nothing can be said of an answer")
         messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
         known = ("prompt", "messages", "answer", "tests", "cases")
         yield Problem(

@@ -16,6 +16,7 @@ from dsv3.posttrain.rewards import (
     answer_is_equivalent,
     answer_is_exact,
     answer_is_right,
+    instructions_are_followed,
     program_prints,
     rewards_named,
     same_output,
@@ -214,3 +215,16 @@ def test_cases_are_read_and_faults_named(tmp_path):
         file.write_text(json.dumps({"prompt": "add", "cases": cases}))
         with pytest.raises(DataError, match=told):
             list(read_problems(file))
+
+
+def test_instructions_are_worth_the_share_that_is_followed():
+    asked = {
+        "instruction_id_list": ["punctuation:no_comma", "keywords:existence"],
+        "kwargs": [{}, {"keywords": ["sea"]}],
+    }
+    both = replace(problem(""), more=asked)
+    assert instructions_are_followed(both, "<think>Well, well.</think>The sea is wide.") == 1
+    assert instructions_are_followed(both, "The sea, it is wide.") == 0.5
+    assert instructions_are_followed(both, "A boat, and no more.") == 0
+    with pytest.raises(DataError, match="0 instructions"):
+        instructions_are_followed(problem(""), "anything")
