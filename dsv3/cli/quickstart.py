@@ -23,6 +23,9 @@ LENGTHENING_STEPS = 5
 """Of each phase: seconds, and enough to see."""
 ROWS_COMPARED = 4
 """Long rows that are read before and after."""
+TASK = "arithmetic"
+SFT_EPOCHS, SFT_ROWS, SFT_LENGTH, SFT_RATES = 6, 8, 128, (2e-3, 2e-4)
+GRPO_ITERATIONS, GRPO_PROBLEMS, GRPO_RATE = 30, 32, 1.2e-4
 CLOSING_TOKENS = 120
 CLOSING_TEMPERATURE = 0.8
 CLOSING_PROMPTS = ("In the beginning", "def")
@@ -45,7 +48,8 @@ def quickstart(
     """Train a small DeepSeek-V3 from text in minutes, and report on it.
 
     Builds a corpus, trains a tokenizer, pre-trains recipe `tiny`, scores it beside baselines, lengthens its context,
-    samples from it and writes report.html. Stopped by Ctrl-C or a crash, the same command goes on where it was.
+    teaches it to answer sums (fine-tuning, then GRPO), samples from it and writes report.html. Stopped by Ctrl-C or a
+    crash, the same command goes on where it was.
     """
     from rich.console import Console
 
@@ -96,6 +100,18 @@ def quickstart_stages(config: "PretrainConfig", *, folder: Path, progress: "Prog
             title="Longer context, with YaRN",
             run=lambda: lengthen(config, folder=folder, progress=progress),
             is_done=(folder / "extension.json").exists,
+        ),
+        Stage(
+            name="sft",
+            title="Answers: fine-tuning on sums",
+            run=lambda: teach_answers(config, folder=folder, progress=progress),
+            is_done=(folder / "sft" / "export" / "config.json").exists,
+        ),
+        Stage(
+            name="grpo",
+            title="Better answers: GRPO",
+            run=lambda: reward_answers(folder, progress=progress),
+            is_done=(folder / "sft" / "grpo" / "export" / "config.json").exists,
         ),
         Stage(
             name="sample",
@@ -202,6 +218,70 @@ def lengthen(config: "PretrainConfig", *, folder: Path, progress: "Progress") ->
     return f"rows of {lengths} tokens; perplexity at their end {after:,.0f}, and {before:,.0f} before"
 
 
+def teach_answers(config: "PretrainConfig", *, folder: Path, progress: "Progress") -> str:
+    """Fine-tune on sums of three digits, asked and answered in the chat template."""
+    from dataclasses import replace
+
+    from dsv3.config.teaching import SftConfig
+    from dsv3.posttrain.sft import sft, sft_settings
+    from dsv3.posttrain.tasks import task_named
+    from dsv3.runtime.atomic import whole_file
+
+    chats = folder / "sums.jsonl"
+    with whole_file(chats) as file:
+        for problem in task_named(TASK).training:
+            answer = {"role": "assistant", "content": problem.answer}
+            file.write(json.dumps({"messages": [*problem.messages, answer]}).encode() + b"\n")
+    lesson = SftConfig(data=(str(chats),), epochs=SFT_EPOCHS, rows_per_step=SFT_ROWS)
+    start = replace(config, batch=replace(config.batch, sequence_length=min(SFT_LENGTH, config.batch.sequence_length)))
+    peak, floor = SFT_RATES
+    settings = sft_settings(start, lesson=lesson, start_from=folder, peak=peak, floor=floor)
+    steps = 0
+
+    def count(record: dict[str, Any]) -> None:
+        nonlocal steps
+        steps += record["kind"] == "step"
+        progress.count("fine-tuning", steps, 0)
+
+    result = sft(settings, lesson=lesson, folder=folder / "sft", on_record=count)
+    if result.interrupted:
+        raise KeyboardInterrupt
+    return f"{sum(map(len, result.rows.rows)):,} sums, {SFT_EPOCHS} times each"
+
+
+def reward_answers(folder: Path, *, progress: "Progress") -> str:
+    """Let the model answer sums of its own accord, and tell it which answers are right."""
+    from dataclasses import replace
+
+    from dsv3.config.files import read_config
+    from dsv3.config.teaching import GrpoConfig
+    from dsv3.posttrain.grpo import grpo, grpo_settings
+
+    lesson = GrpoConfig(
+        task=TASK,
+        iterations=GRPO_ITERATIONS,
+        problems_per_iteration=GRPO_PROBLEMS,
+        updates_per_rollout=4,
+        max_answer_tokens=8,
+        validate_every=max(1, GRPO_ITERATIONS // 3),
+    )
+    settings = grpo_settings(read_config(folder / "sft" / "config.json"), start_from=folder / "sft", peak=GRPO_RATE)
+    settings = replace(settings, batch=replace(settings.batch, micro_batch_sequences=32))
+    scores: list[float] = []
+
+    def count(record: dict[str, Any]) -> None:
+        if record["kind"] == "grpo_validation":
+            scores.append(record["scores"]["answer"])
+        else:
+            progress.count("answering and learning", record["iteration"], GRPO_ITERATIONS)
+
+    result = grpo(settings, lesson=lesson, folder=folder / "sft" / "grpo", on_record=count)
+    if result.interrupted:
+        raise KeyboardInterrupt
+    begun = f", {scores[0]:.0%} before" if len(scores) > 1 else ""
+    return f"{result.scores.get('answer', scores[-1] if scores else 0.0):.0%} of held-out sums right{begun}"
+
+
 def draw_samples(config: "PretrainConfig", *, folder: Path, progress: "Progress") -> str:
     """Let the finished model continue the prompts at a temperature, and add the texts to samples.jsonl."""
     from dsv3.evals.evaluation import last_step
@@ -263,6 +343,7 @@ def closing_words(folder: Path) -> str:
     return (
         f"\nThe report, with pictures:  {folder / 'report.html'}\n"
         f"Talk to the model:          dsv3 chat {folder}\n"
+        f"Ask it for sums (3 + 4 + 5): dsv3 chat {folder / 'sft' / 'grpo'}\n"
         f'Let it continue a text:     dsv3 generate {folder} --prompt "In the beginning"\n'
         f"Train on your own text:     dsv3 quickstart --run runs/mine --data PATH"
     )

@@ -49,7 +49,11 @@ class EvalTask:
     """For 'generate': scores of an answer by name, the task's metric first. 'choices' are scored by the runner."""
     normalise: str = "none"
     """For 'choices', what a log-likelihood is divided by: 'none', 'bytes' or 'tokens' (6.1: length, but for ARC)."""
+    chat: bool = False
+    """For chat models: the prompt is a user's message."""
     group_by: str = ""
     """Key of `Question.more` by which scores are also told apart (subject, language)."""
+    ratios: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Scores that are a sum over a sum, and no mean over questions: name -> the scores above and below."""
     note: str = ""
     """Where this differs from the published protocol."""

@@ -9,9 +9,10 @@ grpo(..., rewards=[Reward(name="short", weight=0.1, score=short)])
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dsv3.errors import ConfigError, MissingExtraError
+from dsv3.errors import ConfigError
 from dsv3.evals.final_answer import THINK, final_answer, same_answer
 from dsv3.evals.sandbox import program_in, run_tests
+from dsv3.evals.tasks.math_answer import equivalent
 from dsv3.posttrain.problem import Problem
 
 Score = Callable[[Problem, str], float]
@@ -43,18 +44,8 @@ def answer_is_equivalent(problem: Problem, answer: str) -> float:
     Raises:
         MissingExtraError: math-verify is not installed.
     """
-    try:
-        from math_verify import parse, verify
-    except ImportError as error:
-        raise MissingExtraError(package="math-verify", extra="rl", purpose="comparing mathematics") from error
     found = final_answer(answer)
-    if found is None:
-        return 0.0
-    if same_answer(found, problem.answer):
-        return 1.0
-    # Without its time-outs, which are signals and of the main thread alone; what is compared is one answer long.
-    wanted, given = (parse(f"${one}$", parsing_timeout=None) for one in (problem.answer, found))
-    return float(verify(wanted, given, timeout_seconds=None))
+    return float(found is not None and (same_answer(found, problem.answer) or equivalent(found, problem.answer)))
 
 
 def thinks_first(problem: Problem, answer: str) -> float:  # noqa: ARG001

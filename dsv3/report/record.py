@@ -41,6 +41,8 @@ class RunRecord:
     """What `dsv3 extend` or the quickstart wrote to extension.json; empty when the context has not been lengthened."""
     lesson: str
     """'sft' or 'grpo' of a run that was taught, else empty."""
+    taught: "RunRecord | None"
+    """The GRPO run that began with this one, where the quickstart or `dsv3 grpo` has left it."""
     notes: tuple[str, ...]
     """Sentences on what is missing or unreadable."""
 
@@ -99,6 +101,7 @@ def read_run(folder: Path) -> RunRecord:
     by_kind: dict[str, list[Entry]] = {}
     for entry in entries:
         by_kind.setdefault(str(entry.get("kind")), []).append(entry)
+    later = next((path for path in (folder / "sft" / "grpo", folder / "grpo") if (path / "grpo.json").exists()), None)
     return RunRecord(
         folder=folder,
         config=config,
@@ -113,6 +116,7 @@ def read_run(folder: Path) -> RunRecord:
         corpus=read_corpus(folder / "corpus", notes=[] if lesson else notes),
         evaluation=evaluation,
         extension=extension,
+        taught=None if later is None else read_run(later),
         notes=tuple(notes),
     )
 

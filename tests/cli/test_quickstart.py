@@ -39,6 +39,17 @@ SMALL = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_lessons(tmp_path_factory):
+    problems = tmp_path_factory.mktemp("problems") / "sums.jsonl"
+    problems.write_text("".join(json.dumps({"prompt": f"{n} + 1", "answer": str(n + 1)}) + "\n" for n in range(40)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quickstart_file, "TASK", str(problems))
+        patch.setattr(quickstart_file, "GRPO_ITERATIONS", 2)
+        patch.setattr(quickstart_file, "GRPO_PROBLEMS", 2)
+        yield
+
+
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
@@ -82,7 +93,7 @@ def without_times(entries):
 
 def test_a_quickstart_leaves_a_model_an_evaluation_samples_and_a_report(finished):
     stages = json.loads((finished / "stages.json").read_text())
-    assert list(stages["done"]) == ["corpus", "pretrain", "evaluate", "extend", "sample", "report"]
+    assert list(stages["done"]) == ["corpus", "pretrain", "evaluate", "extend", "sft", "grpo", "sample", "report"]
     assert load(finished).generate("The sea ", max_tokens=3, temperature=0.0)
     closing = read_lines(finished / "samples.jsonl")[-1]
     assert closing["prompt"] == "The sea "
@@ -91,6 +102,8 @@ def test_a_quickstart_leaves_a_model_an_evaluation_samples_and_a_report(finished
     assert "Kneser-Ney" in page
     assert "not finished" not in page
     assert "Perplexity by position in a long text" in page
+    assert "Held-out problems, and what the model answers as it learns" in page
+    assert not load(finished / "sft" / "grpo").is_base
 
 
 def test_a_quickstart_lengthens_the_context_in_two_phases(finished):
@@ -163,7 +176,7 @@ def test_the_same_command_again_does_nothing_and_says_so(finished, texts, capsys
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     quickstart(run=finished, data=[str(texts)], assignments=SMALL)
     out = capsys.readouterr().out
-    assert out.count("was done before") == 6
+    assert out.count("was done before") == 8
     assert f"dsv3 chat {finished}" in out
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
 

@@ -111,3 +111,9 @@ def test_rewards_are_named_with_their_weights():
     for wrong, told in (([], "no reward"), (["truth=1"], "no reward 'truth'"), (["answer=much"], "has no weight")):
         with pytest.raises(ConfigError, match=told):
             rewards_named(wrong)
+
+
+def test_an_answer_that_cannot_be_computed_is_wrong_and_keeps_nobody_waiting():
+    pytest.importorskip("math_verify", reason="math-verify is not installed")
+    assert answer_is_equivalent(problem("7"), "So \\boxed{9^{9^{9^9}}}.") == 0
+    assert answer_is_equivalent(problem("\\frac12"), "So \\boxed{0.5}.") == 1
