@@ -57,6 +57,7 @@ def run(
     from dsv3.evals.benchmarks import run_benchmarks
     from dsv3.evals.results import shown, table_beside_published, task_result, what_is_missing
     from dsv3.evals.suite import chosen_tasks, suite_named
+    from dsv3.evals.tasks import TASKS
 
     if (model is None) == (not endpoint):
         raise ConfigError("give a MODEL, or --endpoint URL with --endpoint-model NAME, and not both")
@@ -65,8 +66,7 @@ def run(
     if not data.is_dir():
         raise ConfigError(f"{data} is no folder; --data takes the one in which the folders of the tasks' data lie")
     chosen = suite_named(suite)
-    known: Mapping[str, EvalTask] = importlib.import_module("dsv3.evals.tasks").TASKS
-    asked = chosen_tasks(chosen, names=tuple(filter(None, map(str.strip, tasks.split(",")))), known=known)
+    asked = chosen_tasks(chosen, names=tuple(filter(None, map(str.strip, tasks.split(",")))), known=TASKS)
 
     def told(done: "TaskRun") -> None:
         result = task_result(done)
@@ -134,7 +134,7 @@ def _of_endpoint(address: str, *, name: str, key_variable: str, concurrency: int
             EndpointAnswerer(endpoint, model=name, chat=chat, concurrency=concurrency) for chat in (False, True)
         )
         yield _Subject(
-            answerer_for=lambda task: chat if _is_for_chat(task) else plain,
+            answerer_for=lambda task: chat if task.chat else plain,
             identity={"endpoint": address, "model": name},
             folder=Path("evaluation") / name.replace("/", "-"),
         )
@@ -153,14 +153,10 @@ def _of_folder(model: Path, *, weights: str, device: str, threads: int) -> Itera
     plain: Answerer = importlib.import_module("dsv3.evals.scoring").EngineAnswerer(loaded)
     chat = _InConversation(plain, render=lambda text: _as_message(loaded.tokenizer, text))
     yield _Subject(
-        answerer_for=lambda task: chat if _is_for_chat(task) else plain,
+        answerer_for=lambda task: chat if task.chat else plain,
         identity={"model": model.absolute().name, "weights": weights_hash(found), "format": weights},
         folder=found.run / "evaluation" if found.run else Path("evaluation") / model.absolute().name,
     )
-
-
-def _is_for_chat(task: "EvalTask") -> bool:
-    return bool(getattr(task, "chat", False))
 
 
 def _as_message(tokenizer: Any, text: str) -> str:

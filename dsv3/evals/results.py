@@ -98,7 +98,7 @@ def ratios_of(task: EvalTask) -> Mapping[str, Ratio]:
     """Return the scores of a task that are a sum over a sum."""
     if task.protocol == "rolling":
         return {task.metric: ("bits", "bytes")}
-    return dict(getattr(task, "ratios", {}))
+    return task.ratios
 
 
 def task_result(run: TaskRun) -> dict[str, Any]:

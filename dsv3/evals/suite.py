@@ -291,10 +291,10 @@ def chosen_tasks(suite: Suite, *, names: tuple[str, ...], known: "Mapping[str, E
     """
     rows = {row.benchmark.lower(): row for row in suite.rows}
     chosen = []
-    for name in names or suite.tasks():
+    for name in dict.fromkeys(names or suite.tasks()):
         if name not in known:
             row = rows.get(name.lower())
             lacks = f"{row.benchmark} needs {row.needs}" if row is not None and row.needs else f"'{name}' is no task"
             raise ConfigError(f"{lacks}; the tasks are {', '.join(known)}")
         chosen.append(known[name])
-    return tuple(dict.fromkeys(chosen))
+    return tuple(chosen)

@@ -3,7 +3,6 @@
 import math
 import random
 from statistics import mean, stdev
-from typing import ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -162,11 +161,9 @@ def test_what_went_wrong_is_said_by_task_and_item(tmp_path):
 
 
 def test_scores_that_are_a_sum_over_a_sum(tmp_path):
-    class Counted(EvalTask):
-        ratios: ClassVar = {"instruction": ("followed", "asked")}
-
     fields = {
         "name": "ifeval",
+        "ratios": {"instruction": ("followed", "asked")},
         "protocol": "generate",
         "metric": "prompt",
         "shots": 0,
@@ -177,7 +174,7 @@ def test_scores_that_are_a_sum_over_a_sum(tmp_path):
             "asked": 1.0 + 2 * float(question.id),
         },
     }
-    [task] = results_in(tmp_path, tasks=[Counted(**fields)])["tasks"]
+    [task] = results_in(tmp_path, tasks=[EvalTask(**fields)])["tasks"]
     assert {name: score["value"] for name, score in task["scores"].items()} == pytest.approx(
         {"prompt": 1 / 3, "instruction": 3 / 9}
     )

@@ -7,6 +7,7 @@ import pytest
 from dsv3.errors import ConfigError
 from dsv3.evals.question import EvalTask
 from dsv3.evals.suite import BASE, CHAT, SUITES, chosen_tasks, suite_named
+from dsv3.evals.tasks import TASKS
 
 TABLE_3 = """
 Pile-test 0.606 0.638 0.542 0.548
@@ -105,11 +106,12 @@ def test_our_tasks_are_named_once_in_a_suite_and_quick_is_a_part_of_base():
 
 
 def test_the_tasks_that_rows_name_exist_with_their_shots():
-    tasks = pytest.importorskip("dsv3.evals.tasks", reason="the tasks are not here").TASKS
     for row in (*BASE, *CHAT):
         if row.task:
-            assert row.task in tasks
-            assert row.shots in (None, tasks[row.task].shots), row.benchmark
+            assert row.task in TASKS
+            assert row.shots in (None, TASKS[row.task].shots), row.benchmark
+            assert row.protocol == TASKS[row.task].protocol
+            assert row.metric == TASKS[row.task].metric
 
 
 @pytest.mark.slow  # half a minute, in which it reads its fifteen thousand tasks
