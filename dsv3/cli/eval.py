@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dsv3.cli import eval_run
 from dsv3.cli.columns import aligned
 from dsv3.cli.generate import Weights
 from dsv3.cli.group import add_group
@@ -24,6 +25,8 @@ def register(app: typer.Typer) -> None:
     group = add_group(app, name="eval", told="Ask a model for something and look at its answer.")
     group.command("needle")(needle)
     group.command("positions")(positions)
+    group.command("run")(eval_run.run)
+    group.command("compare")(eval_run.compare)
 
 
 Model = Annotated[

@@ -39,6 +39,8 @@ class RunRecord:
     """What `dsv3 evaluate` or the quickstart wrote to evaluation.json; empty when it has not run."""
     extension: dict[str, Any]
     """What `dsv3 extend` or the quickstart wrote to extension.json; empty when the context has not been lengthened."""
+    benchmarks: dict[str, Any]
+    """What `dsv3 eval run` wrote to evaluation/results.json; empty when it has not run."""
     lesson: str
     """'sft', 'reward' or 'grpo' of a run that was taught, else empty."""
     taught: "RunRecord | None"
@@ -97,6 +99,9 @@ def read_run(folder: Path) -> RunRecord:
     extension: dict[str, Any] = {}
     if (folder / "extension.json").exists():
         extension = read_object(folder / "extension.json", notes=notes, what="the extension of the context")
+    benchmarks: dict[str, Any] = {}
+    if (folder / "evaluation" / "results.json").exists():
+        benchmarks = read_object(folder / "evaluation" / "results.json", notes=notes, what="the benchmarks")
     closing = read_lines(folder / "samples.jsonl", notes=None)
     by_kind: dict[str, list[Entry]] = {}
     for entry in entries:
@@ -116,6 +121,7 @@ def read_run(folder: Path) -> RunRecord:
         corpus=read_corpus(folder / "corpus", notes=[] if lesson else notes),
         evaluation=evaluation,
         extension=extension,
+        benchmarks=benchmarks,
         taught=None if later is None else read_run(later),
         notes=tuple(notes),
     )
