@@ -34,6 +34,9 @@ def run(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Of each task, the first items; all when left out, and 50 of 'quick'.")
     ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="No answer is longer; as each task says when left out, 8,192 at most.")
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Where outcomes go; the folder evaluation/ of a run when left out."),
@@ -88,6 +91,7 @@ def run(
             data=data,
             folder=output or subject.folder,
             limit=limit or chosen.limit,
+            max_tokens=max_tokens,
             told=told,
         )
     if as_json:

@@ -21,6 +21,7 @@ def run_benchmarks(
     data: Path,
     folder: Path,
     limit: int | None = None,
+    max_tokens: int | None = None,
     told: Callable[[TaskRun], None] | None = None,
 ) -> dict[str, Any]:
     """Ask a model the items of tasks that it has not answered yet, and return what is written to `results.json`.
@@ -35,8 +36,11 @@ def run_benchmarks(
         items = ItemsFile(folder, model=model)
         runs: list[TaskRun] = []
         for task in tasks:
-            runs.append(run_task(task, answerer=answerer_for(task), data=data, items=items, limit=limit))
-            results = write_results(runs, folder=folder, suite=suite, model=model, limit=limit)
+            answerer = answerer_for(task)
+            runs.append(run_task(task, answerer=answerer, data=data, items=items, limit=limit, max_tokens=max_tokens))
+            results = write_results(
+                runs, folder=folder, suite=suite, model=model, limits={"limit": limit, "max_tokens": max_tokens}
+            )
             if told is not None:
                 told(runs[-1])
     return results

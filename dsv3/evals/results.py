@@ -140,7 +140,7 @@ def task_result(run: TaskRun) -> dict[str, Any]:
 
 
 def write_results(
-    runs: Sequence[TaskRun], *, folder: Path, suite: Suite, model: Mapping[str, Any], limit: int | None
+    runs: Sequence[TaskRun], *, folder: Path, suite: Suite, model: Mapping[str, Any], limits: Mapping[str, int | None]
 ) -> dict[str, Any]:
     """Write `results.json` and return what is in it: the tasks, and the suite's rows with what was published."""
     tasks = [task_result(run) for run in runs]
@@ -148,7 +148,7 @@ def write_results(
         "dsv3": __version__,
         "model": dict(model),
         "suite": suite.name,
-        "limit": limit,
+        **limits,
         "columns": list(suite.columns),
         "tasks": tasks,
         "rows": [_row(row, suite=suite, tasks=tasks) for row in suite.rows],

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -124,13 +124,23 @@ def read_outcomes(folder: Path) -> tuple[Mapping[str, Any], list[Outcome]]:
     return lines[0].get("model", {}), list(latest.values())
 
 
-def run_task(task: EvalTask, *, answerer: Answerer, data: Path, items: ItemsFile, limit: int | None = None) -> TaskRun:
+def run_task(
+    task: EvalTask,
+    *,
+    answerer: Answerer,
+    data: Path,
+    items: ItemsFile,
+    limit: int | None = None,
+    max_tokens: int | None = None,
+) -> TaskRun:
     """Ask a model the first `limit` items of a task, or all, but those that it has answered already.
+
+    With `max_tokens` no answer may be longer, whatever the task allows, as a small context may need it.
 
     What is wrong with an item, or with the data from an item on, is told in `troubles`, and the rest is scored.
     """
     run = TaskRun(task=task)
-    questions = _read(run, data=data, limit=limit)
+    questions = _read(run, data=data, limit=limit, max_tokens=max_tokens)
     keys = {question.id: (task.name, question.id, prompt_hash(task, question)) for question in questions}
     found = {id: kept for id, key in keys.items() if (kept := items.find(key)) is not None}
     run.num_kept = len(found)
@@ -170,7 +180,7 @@ def prompt_hash(task: EvalTask, question: Question) -> str:
     return hashlib.sha256(json.dumps(asked, ensure_ascii=False, default=str).encode()).hexdigest()[:16]
 
 
-def _read(run: TaskRun, *, data: Path, limit: int | None) -> list[Question]:
+def _read(run: TaskRun, *, data: Path, limit: int | None, max_tokens: int | None) -> list[Question]:
     """Read the items of a task that can be asked."""
     questions: dict[str, Question] = {}
     try:
@@ -182,7 +192,8 @@ def _read(run: TaskRun, *, data: Path, limit: int | None) -> list[Question]:
             if wrong:
                 run.troubles.append(Trouble(item=question.id, reason=wrong))
             else:
-                questions[question.id] = question
+                most = min(question.max_tokens, max_tokens or question.max_tokens)
+                questions[question.id] = replace(question, max_tokens=most)
     except DataError as error:
         read = f"; the {len(questions)} items before it are scored" if questions else ""
         run.troubles.append(Trouble(item="", reason=f"{error}{read}"))

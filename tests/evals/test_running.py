@@ -141,6 +141,20 @@ def test_a_limit_takes_the_first_items_and_reads_no_further(tmp_path):
     assert done.troubles == []
 
 
+def test_answers_are_no_longer_than_is_allowed_and_another_length_is_another_question(tmp_path):
+    class Counted(Reader):
+        def generate(self, prompts, *, stops, max_tokens):
+            return [str(most) for most in max_tokens]
+
+    questions = [Question(id="a", prompt="p", max_tokens=8192), Question(id="b", prompt="p", max_tokens=16)]
+    task, items = words(0, questions=lambda folder: iter(questions)), ItemsFile(tmp_path, model=MODEL)
+    setting = {"answerer": Counted(), "data": tmp_path, "items": items}
+    assert [one.answer for one in run_task(task, max_tokens=100, **setting).outcomes] == ["100", "16"]
+    again = run_task(task, **setting)
+    assert [one.answer for one in again.outcomes] == ["8192", "16"]
+    assert again.num_kept == 1
+
+
 # ---- a run that is killed ----
 
 
