@@ -6,7 +6,9 @@ be verified. What a request is answered does not depend on the others: see docs/
 
 import math
 import time
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -161,13 +163,26 @@ class Engine:
             ConfigError: ids outside the vocabulary, or more tokens than there are free pages for.
         """
         check_ids(ids, vocab_size=self._runner.config.vocab_size)
-        pool = self._scheduler.pool
-        pages = pool.take(-(-len(ids) // self.config.page_tokens))
-        if pages is None:
-            free = pool.num_available * self.config.page_tokens
-            raise ConfigError(f"{len(ids)} tokens do not fit the {free} that the cache has room for; give fewer")
-        try:
+        with self.lend_pages(-(-len(ids) // self.config.page_tokens)) as pages:
             return self._runner.logits(self._runner.forward(TokenBatch.from_sequences([ids]), pages=[pages]).hidden)
+
+    @contextmanager
+    def lend_pages(self, count: int, *, at_most: int | None = None) -> Iterator[list[int]]:
+        """Lend `count` free pages of the cache, or up to `at_most`, to whoever reads by the runner between steps.
+
+        Raises:
+            ConfigError: there are fewer.
+        """
+        pool = self._scheduler.pool
+        pages = pool.take(max(count, min(at_most or 0, pool.num_available)))
+        if pages is None:
+            size = self.config.page_tokens
+            raise ConfigError(
+                f"{count * size} tokens do not fit the {pool.num_available * size} that the cache has room for; "
+                "give fewer, or load the model with more cache_tokens"
+            )
+        try:
+            yield pages
         finally:
             pool.release(pages)
 
