@@ -19,14 +19,12 @@ except ImportError as error:
     raise MissingExtraError(package="lm-eval", extra="eval", purpose="a model inside lm-evaluation-harness") from error
 
 from dsv3.data.chat_template import render_chat
-from dsv3.evals.scoring import EngineAnswerer
+from dsv3.evals.scoring import TEXTS_AT_ONCE, EngineAnswerer
 from dsv3.infer.loaded import load
 
 MAX_TOKENS = 256
 """Of an answer, where the task names none; as the harness's own models have it."""
 _NAMES_OF_MAX_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-_SHOWN_AT_ONCE = 4096
-"""Requests after which the harness's cache is given their answers."""
 
 
 @register_model("dsv3")
@@ -100,8 +98,8 @@ class Dsv3LM(LM):  # type: ignore[misc]  # lm-eval brings no types
     def _in_blocks(self, kind: str, requests: list[Any], answer: Callable[[Any], list[Any]]) -> list[Any]:
         """Answer many requests at a time, and let the harness's cache have what was answered before a break."""
         answers: list[Any] = []
-        for begin in range(0, len(requests), _SHOWN_AT_ONCE):
-            some = [request.args for request in requests[begin : begin + _SHOWN_AT_ONCE]]
+        for begin in range(0, len(requests), TEXTS_AT_ONCE):
+            some = [request.args for request in requests[begin : begin + TEXTS_AT_ONCE]]
             found = answer(some)
             for args, one in zip(some, found, strict=True):
                 self.cache_hook.add_partial(kind, args, one)

@@ -14,6 +14,8 @@ from dsv3.infer.loaded import LoadedModel
 from dsv3.infer.sampler import SamplingParams
 from dsv3.infer.text import TextStream
 
+TEXTS_AT_ONCE = 4096
+"""Texts that lie in memory as tokens; what they share is read once for so many."""
 PASSES_AHEAD = 4
 """Passes whose tokens there is room for beside the longest text."""
 
@@ -40,17 +42,8 @@ class EngineAnswerer:
         Raises:
             DataError: a continuation has no tokens of its own, or more than the context holds.
         """
-        encoded = self._encode_pairs(pairs)
-        scores = self._score([self._cut(context, continuation) for context, continuation in encoded])
-        return [
-            Continuation(
-                logprob=math.fsum(score.logprobs),
-                is_greedy=score.is_greedy,
-                num_tokens=len(continuation),
-                num_cut=max(0, len(context) + len(continuation) - self.context - 1),
-            )
-            for (context, continuation), score in zip(encoded, scores, strict=True)
-        ]
+        blocks = [pairs[begin : begin + TEXTS_AT_ONCE] for begin in range(0, len(pairs), TEXTS_AT_ONCE)]
+        return [found for block in blocks for found in self._continuations(block)]
 
     def rolling(self, texts: Sequence[str]) -> list[float]:
         """Return the log-probability of whole texts, the begin token before them not counted.
@@ -106,6 +99,19 @@ class EngineAnswerer:
                     answers[place] += piece
         return answers
 
+    def _continuations(self, pairs: Sequence[tuple[str, str]]) -> list[Continuation]:
+        encoded = self._encode_pairs(pairs)
+        scores = self._score([self._cut(context, continuation) for context, continuation in encoded])
+        return [
+            Continuation(
+                logprob=math.fsum(score.logprobs),
+                is_greedy=score.is_greedy,
+                num_tokens=len(continuation),
+                num_cut=max(0, len(context) + len(continuation) - self.context - 1),
+            )
+            for (context, continuation), score in zip(encoded, scores, strict=True)
+        ]
+
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """Return the tokens of texts after the begin token, which is not put before one that spells it out."""
         return [
@@ -142,11 +148,9 @@ class EngineAnswerer:
 
     def _score(self, texts: Sequence[ScoredText]) -> list[TextScore]:
         engine = self._model.streams.engine
-        size = engine.config.page_tokens
-        needed = -(-max((len(text.tokens) - 1 for text in texts), default=0) // size)
-        wanted = needed + PASSES_AHEAD * TOKENS_AT_ONCE // size
-        with engine.lend_pages(needed, at_most=wanted) as pages:
-            return score_texts(self._model.runner, texts=texts, pages=pages, page_tokens=size)
+        longest = max((len(text.tokens) - 1 for text in texts), default=0)
+        with engine.lend_pages(longest, most_tokens=longest + PASSES_AHEAD * TOKENS_AT_ONCE) as pages:
+            return score_texts(self._model.runner, texts=texts, pages=pages, page_tokens=engine.config.page_tokens)
 
 
 def rolling_windows(tokens: list[int], *, context: int) -> list[ScoredText]:

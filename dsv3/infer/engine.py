@@ -163,22 +163,23 @@ class Engine:
             ConfigError: ids outside the vocabulary, or more tokens than there are free pages for.
         """
         check_ids(ids, vocab_size=self._runner.config.vocab_size)
-        with self.lend_pages(-(-len(ids) // self.config.page_tokens)) as pages:
+        with self.lend_pages(len(ids)) as pages:
             return self._runner.logits(self._runner.forward(TokenBatch.from_sequences([ids]), pages=[pages]).hidden)
 
     @contextmanager
-    def lend_pages(self, count: int, *, at_most: int | None = None) -> Iterator[list[int]]:
-        """Lend `count` free pages of the cache, or up to `at_most`, to whoever reads by the runner between steps.
+    def lend_pages(self, num_tokens: int, *, most_tokens: int = 0) -> Iterator[list[int]]:
+        """Lend pages of the cache to whoever reads by the runner between steps: for `num_tokens` at least.
+
+        There are more, up to `most_tokens`, where so many are free.
 
         Raises:
-            ConfigError: there are fewer.
+            ConfigError: there is less room.
         """
-        pool = self._scheduler.pool
-        pages = pool.take(max(count, min(at_most or 0, pool.num_available)))
+        pool, size = self._scheduler.pool, self.config.page_tokens
+        pages = pool.take(max(-(-num_tokens // size), min(-(-most_tokens // size), pool.num_available)))
         if pages is None:
-            size = self.config.page_tokens
             raise ConfigError(
-                f"{count * size} tokens do not fit the {pool.num_available * size} that the cache has room for; "
+                f"{num_tokens} tokens do not fit the {pool.num_available * size} that the cache has room for; "
                 "give fewer, or load the model with more cache_tokens"
             )
         try:

@@ -70,6 +70,22 @@ def test_continuations_are_scored_as_by_transformers(ours, theirs):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_greedy_continuations_are_those_of_transformers(ours, theirs):
+    model, pairs = ours.model, []
+    for end in range(5, 70):
+        context = (HEADER * 2)[:end].rstrip()
+        ids = model.prompt_ids(context)
+        token = int(model.logits(ids)[-1].argmax())
+        text = model.tokenizer.decode([token])
+        if model.prompt_ids(context + text) == [*ids, token]:
+            pairs += [(context, text), (context, text + "e")]
+    asked = requests("loglikelihood", pairs)
+    found = [greedy for _, greedy in ours.loglikelihood(asked)]
+    assert found == [greedy for _, greedy in theirs().loglikelihood(asked)]
+    assert set(found) == {True, False}
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_texts_are_scored_as_by_transformers_without_the_begin_token(ours, theirs):
     asked = requests("loglikelihood_rolling", [("",), (HEADER,), (HEADER * 9,), ("你好",)])
     expected = theirs(add_bos_token=False).loglikelihood_rolling(asked)

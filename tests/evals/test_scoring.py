@@ -71,7 +71,7 @@ def test_greedy_is_what_the_model_says_by_itself(scored_model):
     for _ in range(4):
         ids.append(int(scored_model.logits(ids)[-1].argmax()))
     texts = [ScoredText(tokens=ids, num_scored=4), ScoredText(tokens=[*ids[:-2], ids[-2] ^ 1, ids[-1]], num_scored=4)]
-    with scored_model.streams.engine.lend_pages(6) as pages:
+    with scored_model.streams.engine.lend_pages(len(ids), most_tokens=96) as pages:
         scores = score_texts(scored_model.runner, texts=texts, pages=pages, page_tokens=16)
     assert [score.is_greedy for score in scores] == [True, False]
 
@@ -82,6 +82,17 @@ def test_order_and_company_change_no_score(answerer, order, count):
     alone = {pair: answerer.continuations([pair])[0] for pair in PAIRS}
     chosen = [PAIRS[place] for place in order[:count]] * 2
     assert answerer.continuations(chosen) == [alone[pair] for pair in chosen]
+
+
+def test_the_model_that_trains_scores_alike(answerer, plain):
+    for ours, other in zip(answerer.continuations(PAIRS), EngineAnswerer(plain).continuations(PAIRS), strict=True):
+        assert ours.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+def test_many_texts_are_scored_in_parts(answerer, monkeypatch):
+    usual = answerer.continuations(PAIRS)
+    monkeypatch.setattr("dsv3.evals.scoring.TEXTS_AT_ONCE", 2)
+    assert answerer.continuations(PAIRS) == usual
 
 
 token_lists = st.lists(st.integers(0, 2), min_size=1, max_size=60)
@@ -188,6 +199,14 @@ def test_a_context_that_the_model_does_not_have_is_refused(scored_model):
     for context in (1, 97):
         with pytest.raises(ConfigError, match="context"):
             EngineAnswerer(scored_model, context=context)
+
+
+def test_a_text_that_the_cache_cannot_hold_is_refused(scored_folder):
+    small = EngineAnswerer(load(scored_folder, device="cpu", cache_tokens=64))
+    assert small.rolling([HEADER]) != [0.0]
+    with pytest.raises(ConfigError, match="cache_tokens"):
+        small.rolling([HEADER * 12])
+    assert small.rolling([HEADER]) != [0.0]
 
 
 def test_pages_are_given_back(answerer, scored_model):
