@@ -80,7 +80,7 @@ def others(task: Task, *, knows: Path, folder: Path, lesson: GrpoConfig) -> dict
         base = teach(
             coding.training, says=careless, start_from=start, folder=folder / "careless", rates=rates, epochs=12
         )
-        options = replace(lesson, rewards=("code=1",), problems_per_iteration=16, updates_per_rollout=2)
+        options = replace(lesson, rewards=("code=1",), iterations=60, problems_per_iteration=16, updates_per_rollout=4)
         curves["code"] = learn(coding, base=base, folder=folder / "grpo-code", lesson=options)
     return curves
 

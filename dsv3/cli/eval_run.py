@@ -1,6 +1,5 @@
 """dsv3 eval run and compare: the report's benchmarks, and what two models differ by."""
 
-import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -146,6 +145,7 @@ def _of_endpoint(address: str, *, name: str, key_variable: str, concurrency: int
 
 @contextmanager
 def _of_folder(model: Path, *, weights: str, device: str, threads: int) -> Iterator[_Subject]:
+    from dsv3.evals.scoring import EngineAnswerer
     from dsv3.infer.loaded import load
     from dsv3.infer.model_folder import find_model
     from dsv3.posttrain.teacher import weights_hash
@@ -154,7 +154,7 @@ def _of_folder(model: Path, *, weights: str, device: str, threads: int) -> Itera
     set_threads(threads)
     found = find_model(model)
     loaded = load(model, weights=weights, device=device)
-    plain: Answerer = importlib.import_module("dsv3.evals.scoring").EngineAnswerer(loaded)
+    plain: Answerer = EngineAnswerer(loaded)
     chat = _InConversation(plain, render=lambda text: _as_message(loaded.tokenizer, text))
     yield _Subject(
         answerer_for=lambda task: chat if task.chat else plain,

@@ -6,7 +6,9 @@ be verified. What a request is answered does not depend on the others: see docs/
 
 import math
 import time
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -161,13 +163,27 @@ class Engine:
             ConfigError: ids outside the vocabulary, or more tokens than there are free pages for.
         """
         check_ids(ids, vocab_size=self._runner.config.vocab_size)
-        pool = self._scheduler.pool
-        pages = pool.take(-(-len(ids) // self.config.page_tokens))
-        if pages is None:
-            free = pool.num_available * self.config.page_tokens
-            raise ConfigError(f"{len(ids)} tokens do not fit the {free} that the cache has room for; give fewer")
-        try:
+        with self.lend_pages(len(ids)) as pages:
             return self._runner.logits(self._runner.forward(TokenBatch.from_sequences([ids]), pages=[pages]).hidden)
+
+    @contextmanager
+    def lend_pages(self, num_tokens: int, *, most_tokens: int = 0) -> Iterator[list[int]]:
+        """Lend pages of the cache to whoever reads by the runner between steps: for `num_tokens` at least.
+
+        There are more, up to `most_tokens`, where so many are free.
+
+        Raises:
+            ConfigError: there is less room.
+        """
+        pool, size = self._scheduler.pool, self.config.page_tokens
+        pages = pool.take(max(-(-num_tokens // size), min(-(-most_tokens // size), pool.num_available)))
+        if pages is None:
+            raise ConfigError(
+                f"{num_tokens} tokens do not fit the {pool.num_available * size} that the cache has room for; "
+                "give fewer, or load the model with more cache_tokens"
+            )
+        try:
+            yield pages
         finally:
             pool.release(pages)
 

@@ -6,8 +6,10 @@ def short(problem: Problem, answer: str) -> float:
 grpo(..., rewards=[Reward(name="short", weight=0.1, score=short)])
 """
 
+import os
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -44,6 +46,9 @@ class Reward:
         """Return what each answer is worth, before the weight."""
         if self.score_all is not None:
             return self.score_all(problems, answers)
+        if self.score in PROCESSES:
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+                return list(threads.map(self.score, problems, answers))
         return [self.score(problem, answer) for problem, answer in zip(problems, answers, strict=True)]
 
 
@@ -134,6 +139,8 @@ def _same_word(found: str, wanted: str) -> bool:
     return abs(float(found) - float(wanted)) <= TOLERANCE * max(1.0, abs(float(wanted)))
 
 
+PROCESSES: tuple[Score, ...] = (code_passes, program_prints)
+"""Scores that start a process for each answer; as many run side by side as there are cores."""
 SCORES: dict[str, Score] = {
     "answer": answer_is_right,
     "exact": answer_is_exact,
