@@ -1,4 +1,4 @@
-"""dsv3 sft, dsv3 distill and dsv3 grpo as they are typed."""
+"""dsv3 sft, dsv3 distill, dsv3 reward and dsv3 grpo as they are typed."""
 
 import json
 import subprocess
@@ -75,6 +75,30 @@ def test_a_taught_model_teaches_another(base, chats, tmp_path, capsys):
     assert f"{sum(card['lines'].values())} conversations" in capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Of 21 answers the short one is preferred."""
+    file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    file.write_text(
+        "".join(json.dumps({"prompt": f"{n} + 1", "chosen": str(n), "rejected": f"{n} {n}"}) + "\n" for n in range(21))
+    )
+    return file
+
+
+def test_a_reward_model_is_taught_and_rewards(base, pairs, tmp_path, capsys):
+    folder = tmp_path / "reward"
+    options = ("--pairs", 8, "--length", 32, "--held-out", 0.2, "--learning-rate", 1e-2)
+    assert run("reward", base, "--data", pairs, "--run", folder, *options) == 0
+    said = capsys.readouterr().out
+    assert "of held-out pairs in the right order" in said
+    assert f"--reward model:{folder}=1" in said
+    assert run("report", folder) == 0
+    drawing = ("--iterations", 1, "--problems", 2, "--group", 2, "--max-tokens", 4, "--lesson", "held_out=2")
+    capsys.readouterr()
+    assert run("grpo", base, "--run", tmp_path / "rl", *drawing, "--reward", f"model:{folder}=1") == 0
+    assert f"held-out problems: model:{folder} " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -82,6 +106,8 @@ def test_a_taught_model_teaches_another(base, chats, tmp_path, capsys):
         (("sft", "NOWHERE", "--data", "CHATS"), "neither a run nor a model"),
         (("grpo", "BASE", "--task", "poetry"), "no task 'poetry'"),
         (("grpo", "BASE", "--reward", "truth"), "no reward 'truth'"),
+        (("grpo", "BASE", "--reward", "model:nowhere"), "there is no such folder"),
+        (("reward", "BASE", "--data", "CHATS"), "needs 'prompt', 'chosen' and 'rejected'"),
         (("grpo", "BASE", "--lesson", "group=3"), "unknown key 'group'"),
     ],
 )
@@ -107,13 +133,16 @@ def on_ranks(count, *arguments):
 
 
 @pytest.mark.slow
-def test_two_ranks_teach_what_one_does(base, chats, tmp_path):
-    """Seven rows do not divide over two ranks: one of them reads a row that is not trained."""
-    options = ["--data", chats, "--rows", 4, "--length", 32, "--epochs", 2, "--learning-rate", 1e-2]
+@pytest.mark.parametrize("verb", ["sft", "reward"])
+def test_two_ranks_teach_what_one_does(base, chats, pairs, tmp_path, verb):
+    """Seven rows, or 21 pairs, do not divide over two ranks: one of them reads a row that is not trained."""
+    data = ["--data", chats, "--rows", 4] if verb == "sft" else ["--data", pairs, "--pairs", 4]
+    rate = 1e-2 if verb == "sft" else 1e-3
+    options = [*data, "--length", 32, "--epochs", 2, "--learning-rate", rate]
     losses = []
     for count in (1, 2):
         folder = tmp_path / f"on {count}"
-        on_ranks(count, "sft", base, *options, "--run", folder)
+        on_ranks(count, verb, base, *options, "--run", folder)
         records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
         losses.append([record["loss"] for record in records if record["kind"] == "step"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
