@@ -30,13 +30,15 @@ def distill(
     output: Annotated[Path, typer.Option(metavar="FILE.jsonl", help="The set; its card FILE.json stands beside it.")],
     teacher_model: Annotated[str, typer.Option(metavar="NAME", help="Name of the model at an address.")] = "",
     task: Annotated[
-        str, typer.Option(help="arithmetic, thinking, or a .jsonl file of problems, as for dsv3 grpo.")
+        str, typer.Option(help="arithmetic, thinking, gym:NAME, or a .jsonl file of problems, as for dsv3 grpo.")
     ] = DEFAULTS.task,
     problems: Annotated[int, typer.Option(min=0, help="The first so many. [default: all]")] = DEFAULTS.problems,
     reward: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=WEIGHT", help="answer, exact, math, format or code; again for more. [default: answer=1]"
+            metavar="NAME=WEIGHT",
+            help="answer, exact, math, format, code, stdin, gym, model:FOLDER or judge:FOLDER_OR_ADDRESS; again for "
+            "more. [default: answer=1]",
         ),
     ] = None,
     min_reward: Annotated[float, typer.Option(help="Answers worth less are rejected.")] = DEFAULTS.min_reward,

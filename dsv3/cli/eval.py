@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dsv3.cli import eval_run
 from dsv3.cli.columns import aligned
 from dsv3.cli.eval_domains import domains
 from dsv3.cli.generate import Weights
@@ -26,6 +27,8 @@ def register(app: typer.Typer) -> None:
     group.command("domains")(domains)
     group.command("needle")(needle)
     group.command("positions")(positions)
+    group.command("run")(eval_run.run)
+    group.command("compare")(eval_run.compare)
 
 
 Model = Annotated[

@@ -27,14 +27,16 @@ def grpo(
     task: Annotated[
         str,
         typer.Option(
-            help="arithmetic (sums), thinking (sums after a thought), or a .jsonl file of problems, each with prompt "
-            "or messages, and answer."
+            help="arithmetic (sums), thinking (sums after a thought), gym:NAME (of reasoning-gym), or a .jsonl file "
+            "of problems, each with prompt or messages, and answer, tests or cases."
         ),
     ] = DEFAULTS.task,
     reward: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=WEIGHT", help="answer, exact, math, format or code; again for more. [default: answer=1]"
+            metavar="NAME=WEIGHT",
+            help="answer, exact, math, format, code, stdin, gym, model:FOLDER or judge:FOLDER_OR_ADDRESS; again for "
+            "more. [default: answer=1]",
         ),
     ] = None,
     run: Annotated[Path | None, typer.Option("--run", metavar="FOLDER", help="[default: BASE/grpo]")] = None,

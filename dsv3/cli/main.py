@@ -23,6 +23,7 @@ VERBS = (
     "extend",
     "sft",
     "distill",
+    "reward",
     "grpo",
     "generate",
     "chat",

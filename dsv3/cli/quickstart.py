@@ -25,7 +25,7 @@ ROWS_COMPARED = 4
 """Long rows that are read before and after."""
 TASK = "arithmetic"
 SFT_EPOCHS, SFT_ROWS, SFT_LENGTH, SFT_RATES = 6, 8, 128, (2e-3, 2e-4)
-GRPO_ITERATIONS, GRPO_RATE = 40, 1e-4
+GRPO_ITERATIONS, GRPO_PROBLEMS, GRPO_RATE = 30, 32, 1.2e-4
 CLOSING_TOKENS = 120
 CLOSING_TEMPERATURE = 0.8
 CLOSING_PROMPTS = ("In the beginning", "def")
@@ -260,10 +260,10 @@ def reward_answers(folder: Path, *, progress: "Progress") -> str:
     lesson = GrpoConfig(
         task=TASK,
         iterations=GRPO_ITERATIONS,
-        problems_per_iteration=64,
+        problems_per_iteration=GRPO_PROBLEMS,
         updates_per_rollout=4,
         max_answer_tokens=8,
-        validate_every=GRPO_ITERATIONS // 4,
+        validate_every=max(1, GRPO_ITERATIONS // 3),
     )
     settings = grpo_settings(read_config(folder / "sft" / "config.json"), start_from=folder / "sft", peak=GRPO_RATE)
     settings = replace(settings, batch=replace(settings.batch, micro_batch_sequences=32))

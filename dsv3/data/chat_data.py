@@ -71,7 +71,7 @@ def read_conversations(paths: Sequence[str]) -> Iterator[Conversation]:
         DataError: a path cannot be read, or a record is none of the known shapes; says which.
     """
     for path in paths:
-        for number, record in enumerate(_records(path), start=1):
+        for number, record in enumerate(read_records(path), start=1):
             name = f"{path}#{number}"
             yield Conversation(messages=messages_of(record, name=name), name=name)
 
@@ -150,7 +150,12 @@ def _from_sharegpt(turn: Any, *, name: str) -> Message:
     return {"role": SHAREGPT_ROLES[speaker], "content": turn.get("value")}
 
 
-def _records(path: str) -> Iterator[Any]:
+def read_records(path: str) -> Iterator[Any]:
+    """Yield the records of a file of JSON lines or Parquet, or of a dataset.
+
+    Raises:
+        DataError: it cannot be read; says why.
+    """
     if path.startswith(HUB):
         yield from open_hub(path)
         return

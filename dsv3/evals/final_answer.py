@@ -12,14 +12,24 @@ def final_answer(text: str) -> str | None:
 
     What is thought between <think> and </think> is no answer.
     """
-    thought = THINK.match(text)
-    said = thought["answer"] if thought else text
-    if (box := _last_box(said)) is not None:
-        return box
-    if "####" in said:
-        return said.rsplit("####", 1)[1].strip().split("\n")[0].strip()
+    said = after_thought(text)
+    if (marked := marked_answer(said)) is not None:
+        return marked
     numbers = NUMBER.findall(said)
     return numbers[-1] if numbers else None
+
+
+def after_thought(text: str) -> str:
+    """Return what a text says after what it thinks between <think> and </think>."""
+    thought = THINK.match(text)
+    return thought["answer"] if thought else text
+
+
+def marked_answer(said: str) -> str | None:
+    r"""Return the last `\boxed{...}`, or else what follows `####`."""
+    if (box := _last_box(said)) is not None:
+        return box
+    return said.rsplit("####", 1)[1].strip().split("\n")[0].strip() if "####" in said else None
 
 
 def same_answer(found: str, wanted: str) -> bool:

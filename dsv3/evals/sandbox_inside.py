@@ -209,7 +209,7 @@ def plain(value: Any) -> Any:
 
 def run_with_input(job: dict[str, Any], *, output: io.StringIO) -> str:
     """Run the program on a text as its stdin; 'ended', with what it printed, if nothing went wrong."""
-    sys.stdin = io.StringIO(job["stdin"])
+    sys.stdin = io.TextIOWrapper(io.BytesIO(job["stdin"].encode()), encoding="utf-8")
     with contextlib.redirect_stdout(output):
         try:
             exec(compile(job["program"], "program", "exec"), {"__name__": "__main__"})

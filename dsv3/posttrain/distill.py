@@ -76,7 +76,7 @@ def distill(
         raise ConfigError(f"dsv3 distill asks from one process, and torchrun has started {num_ranks()}")
     if output.suffix != ".jsonl":
         raise ConfigError(f"the set is written as JSON lines; name it {output.with_suffix('.jsonl')}, not {output}")
-    rules, exclusions = list(rewards) or rewards_named(config.rewards), Exclusions(config.exclude)
+    rules, exclusions = list(rewards) or rewards_named(config.rewards, judge=config.judge), Exclusions(config.exclude)
     task = task or task_named(config.task)
     problems = task.training[: config.problems or None]
     teacher = teacher or open_teacher(config)
@@ -128,7 +128,9 @@ def open_teacher(config: DistillConfig) -> Teacher:
 
 def settled(config: DistillConfig) -> dict[str, Any]:
     """Return the settings that a set hangs on."""
-    return {name: value for name, value in to_dict(config).items() if name not in FREE_TO_CHANGE}
+    judges = any(reward.startswith("judge:") for reward in config.rewards)
+    unread = FREE_TO_CHANGE if judges else (*FREE_TO_CHANGE, "judge")
+    return {name: value for name, value in to_dict(config).items() if name not in unread}
 
 
 def clean_questions(
@@ -175,17 +177,23 @@ def _ask(
             return stop.requested or (limit is not None and done >= limit)
 
         for question, candidates in teacher.answers(questions, stopping=stopping):
-            judged = [judge(one, problem=question.problem, rules=rules) for one in candidates]
+            judged = judge(candidates, problem=question.problem, rules=rules)
             answers.add(question.place, candidates=judged)
             done += 1
             right += any(one.finished and one.reward > 0 for one in judged)
             notify({"answered": len(answers), "now": done, "rewarded": right})
 
 
-def judge(candidate: Candidate, *, problem: Problem, rules: Sequence[Reward]) -> Candidate:
-    """Return an answer with what it is worth."""
-    scores = {rule.name: rule.score(problem, candidate.text) for rule in rules}
-    return replace(candidate, scores=scores, reward=sum(rule.weight * scores[rule.name] for rule in rules))
+def judge(candidates: Sequence[Candidate], *, problem: Problem, rules: Sequence[Reward]) -> list[Candidate]:
+    """Return answers to a problem with what they are worth."""
+    texts = [one.text for one in candidates]
+    columns = [rule.scores([problem] * len(texts), texts) for rule in rules]
+    judged = []
+    for place, candidate in enumerate(candidates):
+        scores = {rule.name: column[place] for rule, column in zip(rules, columns, strict=True)}
+        reward = sum(rule.weight * scores[rule.name] for rule in rules)
+        judged.append(replace(candidate, scores=scores, reward=reward))
+    return judged
 
 
 def _ignore(record: dict[str, Any]) -> None:

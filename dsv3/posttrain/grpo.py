@@ -115,7 +115,7 @@ def grpo(
     if any(number > 1 for number in split.values()):
         told = ", ".join(f"parallel.{name} = {number}" for name, number in split.items() if number > 1)
         raise ConfigError(f"{told}: answers are drawn by ranks that each have all weights; leave it at 1")
-    task, rules = task or task_named(lesson.task), list(rewards) or rewards_named(lesson.rewards)
+    task, rules = task or task_named(lesson.task), list(rewards) or rewards_named(lesson.rewards, judge=lesson.judge)
     data = data_hash([lesson.task]) if lesson.task.endswith(".jsonl") else task.name
     length, device = config.batch.sequence_length, config.runtime.device
     with (
@@ -213,7 +213,7 @@ class Teaching:
         """Answer held-out problems with the likeliest tokens, and score them."""
         problems = self.task.held_out[: self.lesson.held_out]
         own = self._draw(problems, group_size=1, temperature=0.0, seed=0, with_logprobs=False)
-        scored = [(one, {rule.name: rule.score(one.problem, one.text) for rule in self.rewards}) for one in own]
+        scored = list(zip(own, scores_of(own, rewards=self.rewards), strict=True))
         everyone = self._of_all(scored, size=1)
         answers = [answer for answer, _ in everyone]
         self.scores = {rule.name: fmean(scores[rule.name] for _, scores in everyone) for rule in self.rewards}
@@ -347,15 +347,12 @@ class Teaching:
 
 
 def judge(answers: Sequence[Answer], *, rewards: Sequence[Reward], lesson: GrpoConfig) -> list[Judged]:
-    """Score answers, which come group by group, and compare those of each group. Equal answers are scored once."""
+    """Score answers, which come group by group, and compare those of each group."""
     judged: list[Judged] = []
+    all_scores = scores_of(answers, rewards=rewards)
     for first in range(0, len(answers), lesson.group_size):
         group = answers[first : first + lesson.group_size]
-        texts = {one.text: one.problem for one in group}
-        scores_of = {
-            text: {rule.name: rule.score(problem, text) for rule in rewards} for text, problem in texts.items()
-        }
-        scores = [scores_of[one.text] for one in group]
+        scores = all_scores[first : first + lesson.group_size]
         worth = [
             sum(rule.weight * own[rule.name] for rule in rewards) - lesson.length_penalty * (not answer.finished)
             for answer, own in zip(group, scores, strict=True)
@@ -368,6 +365,14 @@ def judge(answers: Sequence[Answer], *, rewards: Sequence[Reward], lesson: GrpoC
             for place, (answer, reward, own) in enumerate(zip(group, worth, scores, strict=True))
         ]
     return judged
+
+
+def scores_of(answers: Sequence[Answer], *, rewards: Sequence[Reward]) -> list[dict[str, float]]:
+    """Return what each reward makes of each answer; equal answers to a problem are scored once."""
+    distinct = {(id(one.problem), one.text): one for one in answers}
+    problems, texts = [one.problem for one in distinct.values()], [one.text for one in distinct.values()]
+    columns = {rule.name: dict(zip(distinct, rule.scores(problems, texts), strict=True)) for rule in rewards}
+    return [{name: scores[id(one.problem), one.text] for name, scores in columns.items()} for one in answers]
 
 
 def policy_batch(judged: Sequence[Judged], *, lesson: GrpoConfig, num_answers: int, num_tokens: int) -> PolicyBatch:

@@ -16,5 +16,7 @@ class Problem:
     name: str = ""
     tests: tuple[str, ...] = ()
     """Of a programming problem, assertions that its program must pass."""
+    cases: tuple[tuple[str, str], ...] = ()
+    """Of a programming problem, what its program reads and what it must print for it."""
     more: dict[str, Any] = field(default_factory=dict)
     """Whatever else a reward of the user's own reads."""

@@ -15,7 +15,7 @@ import torch
 
 from dsv3.batch import IGNORE, TokenBatch
 from dsv3.config import MtpLossConfig, PretrainConfig
-from dsv3.config.teaching import SftConfig
+from dsv3.config.teaching import RewardConfig, SftConfig
 from dsv3.data.chance import falls_below, hash_text
 from dsv3.data.chat_data import TaughtTokens, as_tokens, read_conversations
 from dsv3.data.tokenizer import Tokenizer
@@ -25,7 +25,8 @@ from dsv3.ops.cross_entropy import token_nll
 from dsv3.parallel.launch import open_ranks
 from dsv3.posttrain.lesson import Lesson, open_lesson
 from dsv3.runtime.log import get_logger
-from dsv3.train.step import train_step
+from dsv3.train.loss import pretraining_loss
+from dsv3.train.step import LossFunction, train_step
 from dsv3.train.stop import stop_on_signals
 
 PEAK, FLOOR = 5e-6, 1e-6
@@ -33,6 +34,8 @@ PEAK, FLOOR = 5e-6, 1e-6
 
 Progress = Callable[[dict[str, Any]], None]
 """Told the record of every step and every validation."""
+Look = Callable[[Transformer, Sequence[TaughtTokens]], dict[str, float]]
+"""What is said of samples that were held out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,12 +154,23 @@ def sft(
             length = config.batch.sequence_length
             taught = taught_rows(lesson, tokenizer=opened_lesson.tokenizer, length=length)
             get_logger(__name__).info(taught.told())
-            return _teach(opened_lesson, lesson=lesson, taught=taught, notify=on_record, limit=stop_after_steps)
+            return teach_rows(
+                opened_lesson, lesson=lesson, taught=taught, look=_look, notify=on_record, limit=stop_after_steps
+            )
 
 
-def _teach(
-    run: Lesson, *, lesson: SftConfig, taught: TaughtRows, notify: Progress | None, limit: int | None
+def teach_rows(
+    run: Lesson,
+    *,
+    lesson: SftConfig | RewardConfig,
+    taught: TaughtRows,
+    look: Look,
+    loss: LossFunction = pretraining_loss,
+    name: str = "sft",
+    notify: Progress | None,
+    limit: int | None,
 ) -> SftResult:
+    """Teach rows until every epoch is read, and `look` at what is held out after each."""
     state, tell = run.state, notify or _ignore
     epoch_steps = -(-len(taught.rows) // lesson.rows_per_step)
     total_steps = lesson.epochs * epoch_steps
@@ -170,14 +184,13 @@ def _teach(
         while state.step < total_steps and not stopping and taken != limit:
             started = time.perf_counter()
             rows = rows_of_step(taught, lesson=lesson, step=state.step, seed=run.config.runtime.seed)
-            metrics = train_step(state, batches=_batches(run, rows=rows))
+            metrics = train_step(state, batches=_batches(run, rows=rows), loss=loss)
             # Rows that only keep ranks busy move no schedule.
             state.tokens -= -len(rows) % state.ranks.row_size * sum(len(one.inputs) for one in rows[0])
             taken += 1
             tell(run.log.step(metrics, seconds=time.perf_counter() - started))
             if taught.held_out and state.step % epoch_steps == 0:
-                nats, count = held_out_loss(state.model, samples=taught.held_out)
-                tell(run.log.record("sft", step=state.step, values={"held_out_loss": nats / max(1, count)}))
+                tell(run.log.record(name, step=state.step, values=look(state.model, taught.held_out)))
             if state.step % run.config.snapshot.every_steps == 0:
                 run.save()
             [wants_stop] = state.ranks.total([stop.requested])
@@ -254,7 +267,9 @@ def pack(samples: Sequence[TaughtTokens], *, length: int) -> tuple[tuple[TaughtT
     return tuple(map(tuple, rows))
 
 
-def rows_of_step(taught: TaughtRows, *, lesson: SftConfig, step: int, seed: int) -> list[tuple[TaughtTokens, ...]]:
+def rows_of_step(
+    taught: TaughtRows, *, lesson: SftConfig | RewardConfig, step: int, seed: int
+) -> list[tuple[TaughtTokens, ...]]:
     """Return the rows of a step, counted from 0: each epoch is an order of its own; its last step may be smaller."""
     epoch_steps = -(-len(taught.rows) // lesson.rows_per_step)
     epoch, place = divmod(step, epoch_steps)
@@ -283,6 +298,11 @@ def held_out_loss(model: Transformer, *, samples: Sequence[TaughtTokens], at_onc
         losses = token_nll(hidden, weight=model.lm_head.weight, targets=batch.targets)
         nats, count = nats + losses.double().sum().item(), count + int((batch.targets != IGNORE).sum())
     return nats, count
+
+
+def _look(model: Transformer, samples: Sequence[TaughtTokens]) -> dict[str, float]:
+    nats, count = held_out_loss(model, samples=samples)
+    return {"held_out_loss": nats / max(1, count)}
 
 
 def _batches(run: Lesson, *, rows: Sequence[tuple[TaughtTokens, ...]]) -> list[TokenBatch]:

@@ -6,13 +6,19 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from dsv3.data.chance import falls_below, hash_text
 from dsv3.errors import ConfigError, DataError
+from dsv3.evals.sandbox import OUTPUT_BYTES
+from dsv3.posttrain.gym import GYM, gym_problems
 from dsv3.posttrain.problem import Problem
 
 HELD_OUT_RATE = 0.1
 """Of all problems of a task, by a hash of what is asked: so the same ones whatever the order, and however many."""
+
+
+JUDGED_BY = ("answer", "tests", "cases", "instruction_id_list")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +46,18 @@ def task_named(name: str) -> Task:
 
     Raises:
         ConfigError: there is no such task.
+        MissingExtraError: it is one of reasoning-gym, which is not installed.
         DataError: the file cannot be read, or has too few problems.
     """
     if name in TASKS:
         return TASKS[name]()
+    if name.startswith(GYM):
+        return split(gym_problems(name.removeprefix(GYM)), name=name)
     if not name.endswith(".jsonl"):
-        raise ConfigError(f"there is no task '{name}'; choose of {', '.join(TASKS)}, or give a .jsonl file of problems")
+        raise ConfigError(
+            f"there is no task '{name}'; choose of {', '.join(TASKS)}, gym:NAME for a data set of reasoning-gym, or "
+            "give a .jsonl file of problems"
+        )
     return split(list(read_problems(Path(name))), name=Path(name).stem)
 
 
@@ -66,7 +78,9 @@ def split(problems: list[Problem], *, name: str) -> Task:
 
 
 def read_problems(path: Path) -> Iterator[Problem]:
-    """Yield the problems of a file: `prompt` or `messages`, `answer`, and for programs `tests`, a list of assertions.
+    """Yield the problems of a file: `prompt` or `messages`, and `answer`.
+
+    Those for programs have `tests`, a list of assertions, or `cases`, a list of {"input": ..., "output": ...}.
 
     Raises:
         DataError: it cannot be read, or a line is no problem.
@@ -84,18 +98,33 @@ def read_problems(path: Path) -> Iterator[Problem]:
         except ValueError as error:
             raise DataError(f"{name} is no JSON ({error})") from error
         if not isinstance(record, dict) or not ("prompt" in record or "messages" in record):
-            raise DataError(f"{name} is no problem: it needs 'prompt' or 'messages', and 'answer' or 'tests'")
-        if not ("answer" in record or "tests" in record):
-            raise DataError(f"{name} has neither 'answer' nor 'tests', so that nothing can be said of an answer")
+            raise DataError(f"{name} is no problem: it needs 'prompt' or 'messages', and one of {', '.join(JUDGED_BY)}")
+        if not any(key in record for key in JUDGED_BY):
+            raise DataError(f"{name} has none of {', '.join(JUDGED_BY)}: nothing can be said of an answer")
         messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
-        known = ("prompt", "messages", "answer", "tests")
+        known = ("prompt", "messages", "answer", "tests", "cases")
         yield Problem(
             messages=tuple(messages),
             answer=str(record.get("answer", "")),
             tests=tuple(record.get("tests", ())),
+            cases=_cases(record.get("cases", []), name=name),
             name=name,
             more={key: value for key, value in record.items() if key not in known},
         )
+
+
+def _cases(given: Any, *, name: str) -> tuple[tuple[str, str], ...]:
+    if not isinstance(given, list):
+        raise DataError(f"{name} has 'cases' that are no list")
+    cases = []
+    for case in given:
+        pair = (case.get("input"), case.get("output")) if isinstance(case, dict) else (None, None)
+        if not (isinstance(pair[0], str) and isinstance(pair[1], str)):
+            raise DataError(f"{name} has a case that is no object with an 'input' and an 'output' that are texts")
+        if len(pair[1]) >= OUTPUT_BYTES:
+            raise DataError(f"{name} has an output of {len(pair[1]):,} characters; {OUTPUT_BYTES - 1:,} can be kept")
+        cases.append((pair[0], pair[1]))
+    return tuple(cases)
 
 
 def _arithmetic(*, thinking: bool) -> Task:

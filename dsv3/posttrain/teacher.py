@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -11,7 +12,7 @@ from dsv3.config.teaching import DistillConfig
 from dsv3.data.chat_template import render_chat
 from dsv3.data.special_tokens import THINK_BEGIN
 from dsv3.errors import TokenizerError
-from dsv3.infer.loaded import load
+from dsv3.infer.loaded import LoadedModel, load
 from dsv3.infer.model_folder import ModelFolder, find_model
 from dsv3.posttrain.problem import Message, Problem
 from dsv3.posttrain.rollout import answer_seed, draw_answers
@@ -68,12 +69,15 @@ class ModelTeacher:
             raise TokenizerError(f"{found.weights} has no tokenizer.json, so the teacher can neither read nor answer")
         self.identity = {"teacher": config.teacher, "weights": weights_hash(found)}
 
+    @cached_property
+    def _model(self) -> LoadedModel:
+        return load(self.config.teacher)
+
     def answers(
         self, questions: Sequence[Question], *, stopping: Callable[[], bool]
     ) -> Iterator[tuple[Question, list[Candidate]]]:
         """Draw as many answers side by side as the engine takes; each hangs on the seed and its place alone."""
-        config, at_once = self.config, max(1, ANSWERS_AT_ONCE // self.config.candidates)
-        model = load(config.teacher)
+        config, at_once, model = self.config, max(1, ANSWERS_AT_ONCE // self.config.candidates), self._model
         for first in range(0, len(questions), at_once):
             if stopping():
                 return

@@ -16,6 +16,7 @@ from dsv3.config import ModelConfig, PretrainConfig
 from dsv3.config.files import from_dict
 from dsv3.data.loader import count_rows, source_weights
 from dsv3.errors import ConfigError, Dsv3Error
+from dsv3.evals.results import table_beside_published, what_is_missing
 from dsv3.plan.counts import count_parameters
 from dsv3.report import figures
 from dsv3.report.charts import heat_legend, short_number
@@ -83,6 +84,7 @@ def render(record: RunRecord) -> str:
         "exchanges": prompts(record.taught) if record.taught is not None else [],
         "machinery": [*figures.schedule_pictures(record), *figures.health_pictures(record)],
         "positions": figures.position_picture(record),
+        "benchmarks": benchmarks(record),
         "corpus": corpus(record),
         "prompts": prompts(record),
         "settings": settings(record.config),
@@ -94,6 +96,7 @@ def render(record: RunRecord) -> str:
         ("experts", "Experts", parts["violation"] or parts["heatmaps"]),
         ("machinery", "Schedules", parts["machinery"]),
         ("context", "Long context", parts["positions"]),
+        ("benchmarks", "Benchmarks", parts["benchmarks"]),
         ("corpus", "Corpus", parts["corpus"]),
         ("samples", "Samples", parts["prompts"]),
         ("settings", "Settings", parts["settings"]),
@@ -274,6 +277,27 @@ def comparison(record: RunRecord) -> dict[str, Any] | None:
             }
             for place, row in enumerate(rows)
         ],
+    }
+
+
+def benchmarks(record: RunRecord) -> dict[str, Any] | None:
+    """Scores of the report's benchmarks beside those published, and what is missing."""
+    if not record.benchmarks:
+        return None
+    try:
+        header, *rows = table_beside_published(record.benchmarks)
+        missing = what_is_missing(record.benchmarks)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {"words": "evaluation/results.json is not as dsv3 eval run writes it, and so is not shown."}
+    limit = record.benchmarks.get("limit")
+    return {
+        "words": (
+            "The report's benchmarks, with their standard errors, beside the scores that the report has for its own "
+            "model and others." + (f" Of each task the first {limit} items were asked." if limit else "")
+        ),
+        "header": header,
+        "rows": rows,
+        "missing": missing,
     }
 
 

@@ -39,8 +39,10 @@ class RunRecord:
     """What `dsv3 evaluate` or the quickstart wrote to evaluation.json; empty when it has not run."""
     extension: dict[str, Any]
     """What `dsv3 extend` or the quickstart wrote to extension.json; empty when the context has not been lengthened."""
+    benchmarks: dict[str, Any]
+    """What `dsv3 eval run` wrote to evaluation/results.json; empty when it has not run."""
     lesson: str
-    """'sft' or 'grpo' of a run that was taught, else empty."""
+    """'sft', 'reward' or 'grpo' of a run that was taught, else empty."""
     taught: "RunRecord | None"
     """The GRPO run that began with this one, where the quickstart or `dsv3 grpo` has left it."""
     notes: tuple[str, ...]
@@ -88,7 +90,7 @@ def read_run(folder: Path) -> RunRecord:
     entries = read_lines(folder / "metrics.jsonl", notes=notes)
     if not any(entry.get("kind") in ("step", "grpo") for entry in entries):
         notes.append("No training step has been recorded yet (metrics.jsonl).")
-    lesson = next((name for name in ("sft", "grpo") if (folder / f"{name}.json").exists()), "")
+    lesson = next((name for name in ("sft", "reward", "grpo") if (folder / f"{name}.json").exists()), "")
     evaluation: dict[str, Any] = {}
     if (folder / "evaluation.json").exists():
         evaluation = read_object(folder / "evaluation.json", notes=notes, what="the evaluation")
@@ -97,6 +99,9 @@ def read_run(folder: Path) -> RunRecord:
     extension: dict[str, Any] = {}
     if (folder / "extension.json").exists():
         extension = read_object(folder / "extension.json", notes=notes, what="the extension of the context")
+    benchmarks: dict[str, Any] = {}
+    if (folder / "evaluation" / "results.json").exists():
+        benchmarks = read_object(folder / "evaluation" / "results.json", notes=notes, what="the benchmarks")
     closing = read_lines(folder / "samples.jsonl", notes=None)
     by_kind: dict[str, list[Entry]] = {}
     for entry in entries:
@@ -116,6 +121,7 @@ def read_run(folder: Path) -> RunRecord:
         corpus=read_corpus(folder / "corpus", notes=[] if lesson else notes),
         evaluation=evaluation,
         extension=extension,
+        benchmarks=benchmarks,
         taught=None if later is None else read_run(later),
         notes=tuple(notes),
     )

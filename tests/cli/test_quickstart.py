@@ -40,10 +40,13 @@ SMALL = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_lessons():
+def short_lessons(tmp_path_factory):
+    problems = tmp_path_factory.mktemp("problems") / "sums.jsonl"
+    problems.write_text("".join(json.dumps({"prompt": f"{n} + 1", "answer": str(n + 1)}) + "\n" for n in range(40)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quickstart_file, "SFT_EPOCHS", 1)
-        patch.setattr(quickstart_file, "GRPO_ITERATIONS", 4)
+        patch.setattr(quickstart_file, "TASK", str(problems))
+        patch.setattr(quickstart_file, "GRPO_ITERATIONS", 2)
+        patch.setattr(quickstart_file, "GRPO_PROBLEMS", 2)
         yield
 
 
@@ -173,7 +176,7 @@ def test_the_same_command_again_does_nothing_and_says_so(finished, texts, capsys
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     quickstart(run=finished, data=[str(texts)], assignments=SMALL)
     out = capsys.readouterr().out
-    assert out.count("was done before") == 6
+    assert out.count("was done before") == 8
     assert f"dsv3 chat {finished}" in out
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
 

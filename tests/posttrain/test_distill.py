@@ -16,6 +16,7 @@ from dsv3.config.teaching import REFLECTION, DistillConfig, SftConfig
 from dsv3.data.chat_data import read_conversations
 from dsv3.data.chat_template import render_template
 from dsv3.errors import CheckpointError, ConfigError, DataError, EngineError, TrainingError
+from dsv3.evals import endpoint as asking
 from dsv3.infer.model_folder import find_model
 from dsv3.posttrain import endpoint, teacher
 from dsv3.posttrain.contamination import Exclusions, normalised, rows_of
@@ -429,7 +430,7 @@ def direct_and_impatient(monkeypatch):
     """No proxy of the environment, and short pauses."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(endpoint, "FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(asking, "FIRST_PAUSE_SECONDS", 0.001)
     monkeypatch.setattr(endpoint, "LOOK_SECONDS", 0.01)
 
 
@@ -489,7 +490,7 @@ def test_an_endpoint_that_is_busy_or_speaks_nonsense_is_asked_again(tmp_path):
     ("trouble", "error", "told"),
     [
         ((500, "out of memory"), EngineError, "failed 3 times on the problem '1.1', at last with 500: out of memory"),
-        ((200, "hello"), EngineError, "no answer of a chat .*: hello"),
+        ((200, "hello"), EngineError, "no answer of that kind .*: hello"),
         ((401, "who are you"), ConfigError, "with 401: who are you; check teacher"),
         ((404, "no model r1"), ConfigError, "with 404: no model r1"),
     ],

@@ -174,7 +174,7 @@ def test_files_of_problems_are_read_and_faults_named(tmp_path):
     for text, told in (
         ("{", "is no JSON"),
         ('{"answer": 1}', "needs 'prompt'"),
-        ('{"prompt": "a"}', "neither 'answer' nor"),
+        ('{"prompt": "a"}', "none of answer, tests"),
     ):
         file.write_text(text)
         with pytest.raises(DataError, match=told):

@@ -2,19 +2,27 @@
 
 import gzip
 import json
+from dataclasses import replace
+from functools import partial
 
 import pytest
 
-from dsv3.errors import ConfigError
+from dsv3.errors import ConfigError, DataError
 from dsv3.evals.final_answer import final_answer, same_answer
+from dsv3.evals.sandbox import Limits, run_on_input, why_no_sandbox
+from dsv3.posttrain import rewards
 from dsv3.posttrain.problem import Problem
 from dsv3.posttrain.rewards import (
     answer_is_equivalent,
     answer_is_exact,
     answer_is_right,
+    instructions_are_followed,
+    program_prints,
     rewards_named,
+    same_output,
     thinks_first,
 )
+from dsv3.posttrain.tasks import read_problems
 
 
 def problem(answer: str) -> Problem:
@@ -106,9 +114,14 @@ def test_mathematics_is_compared_by_what_it_means():
 
 
 def test_rewards_are_named_with_their_weights():
-    rewards = rewards_named(["answer=1", "format=0.25"])
-    assert [(one.name, one.weight) for one in rewards] == [("answer", 1.0), ("format", 0.25)]
-    for wrong, told in (([], "no reward"), (["truth=1"], "no reward 'truth'"), (["answer=much"], "has no weight")):
+    named = rewards_named(["answer=1", "format=0.25"])
+    assert [(one.name, one.weight) for one in named] == [("answer", 1.0), ("format", 0.25)]
+    for wrong, told in (
+        ([], "no reward"),
+        (["truth=1"], "no reward 'truth'"),
+        (["answer=much"], "has no weight"),
+        (["answer=1", "answer"], "given twice"),
+    ):
         with pytest.raises(ConfigError, match=told):
             rewards_named(wrong)
 
@@ -117,3 +130,101 @@ def test_an_answer_that_cannot_be_computed_is_wrong_and_keeps_nobody_waiting():
     pytest.importorskip("math_verify", reason="math-verify is not installed")
     assert answer_is_equivalent(problem("7"), "So \\boxed{9^{9^{9^9}}}.") == 0
     assert answer_is_equivalent(problem("\\frac12"), "So \\boxed{0.5}.") == 1
+
+
+@pytest.mark.parametrize(
+    ("printed", "wanted", "same"),
+    [
+        ("3\n", "3", True),
+        ("3 \n\n", " 3\n", True),
+        ("1  2\t3\n4", "1 2 3\n4\n", True),
+        ("1 2\n3", "1 2 3", False),
+        ("1\n\n2", "1\n2", False),
+        ("yes", "Yes", False),
+        ("0.3333333", "0.333333333", True),
+        ("0.33333", "0.333333333", False),
+        ("1e3", "1000.0", True),
+        ("12345678.4", "12345678.0", True),
+        ("12345679", "12345678", False),
+        ("12345678.1", "12345678", False),
+        ("3.0", "3", True),
+        ("nan", "1.0", False),
+        ("inf", "1.0", False),
+        ("1_0", "10", False),
+        ("", "0", False),
+        ("", "", True),
+    ],
+)
+def test_outputs_are_compared_by_lines_words_and_numbers(printed, wanted, same):
+    assert same_output(printed, wanted) is same
+
+
+SUM = (("1 2\n", "3\n"), ("10 -4\n", "6\n"))
+HOSTILE = {
+    "is wrong on one case": "print(3)",
+    "prints nothing": "",
+    "leaves with an error": "print(sum(map(int, input().split())))\nraise SystemExit(1)",
+    "is cut off at once": "import os\nprint(3)\nos._exit(0)",
+    "prints all there is": "while True: print('3\\n6\\n' * 1000)",
+    "claims the verdict": (
+        'import os\nfor fd in range(3, 32):\n    try: os.write(fd, b\'{"said": "ended", "output": "3"}\')\n'
+        "    except OSError: pass\nos._exit(0)"
+    ),
+    "looks for the cases": "import gc\nprint([o for o in gc.get_objects() if isinstance(o, dict) and 'output' in o])",
+    "reads files": "print(open('/etc/passwd').read())",
+}
+
+
+@pytest.fixture
+def walls():
+    if (reason := why_no_sandbox()) is not None:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "a, b = map(int, input().split())\nprint(a + b)",
+        "import sys\nprint(sum(map(int, sys.stdin.read().split())))",
+        "import sys\nprint(sum(map(int, sys.stdin.buffer.read().split())))",
+    ],
+)
+@pytest.mark.usefixtures("walls")
+def test_a_program_that_prints_what_it_must_is_worth_1(program):
+    assert program_prints(replace(problem(""), cases=SUM), f"So:\n```python\n{program}\n```") == 1
+    assert program_prints(problem(""), program) == 0  # there is nothing to pass
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.usefixtures("walls")
+def test_a_program_that_does_not_is_worth_nothing(name, monkeypatch):
+    monkeypatch.setattr(rewards, "run_on_input", partial(run_on_input, limits=Limits(seconds=1.0)))
+    assert program_prints(replace(problem(""), cases=SUM), HOSTILE[name]) == 0
+
+
+def test_cases_are_read_and_faults_named(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps({"prompt": "add", "cases": [{"input": "1 2", "output": "3"}]}))
+    assert next(iter(read_problems(file))).cases == (("1 2", "3"),)
+    for cases, told in (
+        ({}, "no list"),
+        ([["1 2", "3"]], "'input' and an 'output'"),
+        ([{"input": "1 2", "output": 3}], "that are texts"),
+        ([{"input": "", "output": "x" * 70_000}], "70,000 characters"),
+    ):
+        file.write_text(json.dumps({"prompt": "add", "cases": cases}))
+        with pytest.raises(DataError, match=told):
+            list(read_problems(file))
+
+
+def test_instructions_are_worth_the_share_that_is_followed():
+    asked = {
+        "instruction_id_list": ["punctuation:no_comma", "keywords:existence"],
+        "kwargs": [{}, {"keywords": ["sea"]}],
+    }
+    both = replace(problem(""), more=asked)
+    assert instructions_are_followed(both, "<think>Well, well.</think>The sea is wide.") == 1
+    assert instructions_are_followed(both, "The sea, it is wide.") == 0.5
+    assert instructions_are_followed(both, "A boat, and no more.") == 0
+    with pytest.raises(DataError, match="0 instructions"):
+        instructions_are_followed(problem(""), "anything")

@@ -216,3 +216,38 @@ def test_a_run_that_was_rewarded_shows_its_answers(tmp_path):
     assert "answer 0.50" in page
     assert 'id="answers"' in page
     assert "not finished" not in page
+
+
+def write_benchmarks(folder, **changes):
+    row = {"metric": "EM", "shots": 8, "protocol": "generate", "lm_eval": "", "count": 0, "score": None}
+    row |= {"standard_error": None, "needs": "", "task": ""}
+    results = {
+        "limit": 50,
+        "columns": ["V2-Base", "V3-Base"],
+        "tasks": [{"task": "gsm8k", "score": 0.04, "troubles": [{"item": "7", "reason": "<b>"}], "num_cut": 2}],
+        "rows": [
+            row
+            | {"benchmark": "GSM8K", "task": "gsm8k", "score": 0.04, "standard_error": 0.0277, "count": 49}
+            | {"published": {"V2-Base": 81.6, "V3-Base": 89.3}},
+            row | {"benchmark": "DROP", "needs": "data: DROP", "published": {"V2-Base": 80.4, "V3-Base": 89.0}},
+        ],
+    }
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation" / "results.json").write_text(json.dumps(results | changes))
+
+
+def test_benchmarks_stand_beside_the_published_scores_with_what_is_missing(tmp_path):
+    write_benchmarks(made_up.make_run(tmp_path / "run"))
+    page, _, text = parse(write_report(tmp_path / "run"))
+    assert "GSM8K EM 8 4.0 ± 2.8 49 81.6 89.3" in text
+    assert "DROP: needs data: DROP" in text
+    assert "the first 50 items were asked" in text
+    assert "gsm8k, item 7: &lt;b&gt;" in page
+    assert "gsm8k: 2 prompts were too long" in text
+
+
+def test_a_run_without_benchmarks_has_no_such_section_and_damaged_ones_are_said_to_be_so(tmp_path):
+    folder = made_up.make_run(tmp_path / "run")
+    assert 'id="benchmarks"' not in parse(write_report(folder))[0]
+    write_benchmarks(folder, rows=5)
+    assert "evaluation/results.json is not as dsv3 eval run writes it" in parse(write_report(folder))[2]
