@@ -10,6 +10,7 @@ import typer
 
 from dsv3.cli import eval_run
 from dsv3.cli.columns import aligned
+from dsv3.cli.eval_domains import domains
 from dsv3.cli.generate import Weights
 from dsv3.cli.group import add_group
 from dsv3.errors import ConfigError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
     group = add_group(app, name="eval", told="Ask a model for something and look at its answer.")
+    group.command("domains")(domains)
     group.command("needle")(needle)
     group.command("positions")(positions)
     group.command("run")(eval_run.run)
