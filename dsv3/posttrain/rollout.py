@@ -36,7 +36,7 @@ class Answer:
     """What the model said, its end token included."""
     logprobs: list[float]
     """One for each of `ids`; empty where they were not asked for."""
-    experts: Int[Tensor, "token layer chosen"] | None
+    experts: Int[Tensor, "token layer chosen"] | None = None
     """Where the tokens that were read went, prompt and answer but for its last, where that was asked for."""
     text: str
     finished: bool

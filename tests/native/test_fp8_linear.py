@@ -142,6 +142,7 @@ def test_other_types_and_other_tiles_take_the_plain_form():
     assert torch.equal(narrow, weight_only_product(x.bfloat16().float(), weight=weight, rows_per_group=[3]).bfloat16())
 
 
+@pytest.mark.slow  # half a minute of compiling each
 @pytest.mark.parametrize("floats", [4, 16])
 def test_vectors_of_other_processors(floats, monkeypatch):
     """The widths of NEON and AVX-512, made of this machine's vectors."""

@@ -292,6 +292,7 @@ def test_products_of_experts(rows_per_expert, into, out):
     assert torch.allclose(ours, theirs, atol=1e-3)
 
 
+@pytest.mark.slow  # half a minute of compiling each
 @pytest.mark.parametrize("floats", [4, 16])
 def test_vectors_of_other_processors(floats, monkeypatch):
     """The widths of NEON and AVX-512, made of this machine's vectors: the same source with other blocks and tiles."""
