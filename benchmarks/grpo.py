@@ -173,7 +173,7 @@ def claims_of(runs: Sequence[dict[str, Any]]) -> list[Claim]:
     off = median(one["first_ratio_off"] for curve in curves for one in curve[1:] if one["first_ratio_off"])
     claims.append(
         Claim(
-            name="largest |ratio - 1| at the first update of an iteration, median",
+            name="distance of ratios from 1 at the first update of an iteration, largest, median",
             ours=off,
             peer=1e-4,
             peer_name="what we allow it",
