@@ -19,11 +19,12 @@ from torch import Tensor
 from dsv3.batch import TokenBatch
 from dsv3.config import EngineConfig
 from dsv3.errors import CheckpointError, ConfigError, Dsv3Error
+from dsv3.infer.handover import Handover, MtpHandover, PageSink
 from dsv3.infer.request import EngineStats, FinishReason, Request, TokenEvent, TokenLogprob
 from dsv3.infer.runner import Runner
 from dsv3.infer.sampler import NOT_NUMBERS, TokenSampler, draw_freely
 from dsv3.infer.scheduler import Scheduler, Work
-from dsv3.infer.sequence import Sequence
+from dsv3.infer.sequence import MtpPast, Sequence
 from dsv3.infer.speculation import Chain, Drafter, DraftLength
 from dsv3.runtime.log import get_logger
 
@@ -95,7 +96,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to tell."""
-        return bool(self._sequences or self._unsaid)
+        return bool(self._scheduler.waiting or self._scheduler.running or self._unsaid)
 
     @property
     def context_limit(self) -> int:
@@ -109,14 +110,51 @@ class Engine:
             ConfigError: it can never be run: an empty prompt, ids outside the vocabulary, no room for an answer, or an
                 id that is in use.
         """
-        self._refuse_what_cannot_run(request)
-        sampler = TokenSampler(request.params, prompt_ids=request.prompt_ids, vocab_size=self._vocab_size)
-        sequence = Sequence(
-            request=request, arrival=self._num_arrived, tokens=list(request.prompt_ids), sampler=sampler
-        )
-        self._num_arrived += 1
+        sequence = self._sequence(request)
         self._sequences[request.id] = sequence
         self._scheduler.add(sequence)
+
+    def expect(self, request: Request) -> int | None:
+        """Keep room for a request that another engine reads; `write` fills it, and `adopt` lets it go on here.
+
+        Returns the first page of the text that is lacking here; those before it are in the prefix cache. None if there
+        is no room now: ask again when something has ended.
+
+        Raises:
+            ConfigError: as for `add`.
+        """
+        sequence = self._sequence(request)
+        if not self._scheduler.expect(sequence):
+            return None
+        self._sequences[request.id] = sequence
+        return sequence.num_registered
+
+    def write(
+        self, request_id: str, *, entries: Float[Tensor, "layer page token entry"], first_page: int
+    ) -> None:
+        """Fill pages of an expected request, number `first_page` of the text and those that follow it."""
+        sequence = self._sequences[request_id]
+        pages = sequence.pages[first_page : first_page + entries.shape[1]]
+        assert sequence in self._scheduler.expected, f"request {request_id} is not expected"
+        assert first_page >= sequence.num_registered, "a page that others hold would be written"
+        self._runner.write_pages(pages, entries=entries)
+
+    def adopt(self, request_id: str, handover: Handover) -> None:
+        """Go on with an expected request whose pages are all there.
+
+        Raises:
+            ConfigError: its grammar does not allow the token, so that the two engines do not agree.
+        """
+        sequence = self._sequences[request_id]
+        assert handover.num_computed == len(sequence.tokens), "what was read is not what was asked"
+        sequence.take(handover.token)
+        sequence.num_computed = handover.num_computed
+        sequence.has_reported = True
+        sequence.mtp = [
+            MtpPast(done=past.done, unread=[] if past.unread is None else [past.unread.to(self._runner.device)])
+            for past in handover.mtp
+        ]
+        self._scheduler.adopt(sequence)
 
     def cancel(self, request_id: str) -> None:
         """End a request and free its pages now; its last event comes with the next step. Unknown ids are no error."""
@@ -205,11 +243,23 @@ class Engine:
     def check(self) -> None:
         """Raise AssertionError unless pages, prefixes and requests agree, and nothing is held for nobody."""
         self._scheduler.check()
-        known = {*self._scheduler.waiting, *self._scheduler.running}
+        known = {*self._scheduler.waiting, *self._scheduler.running, *self._scheduler.expected}
         assert known == set(self._sequences.values()), "a request is on one list and not on the other"
 
+    def _sequence(self, request: Request) -> Sequence:
+        self._refuse_what_cannot_run(request)
+        sampler = TokenSampler(request.params, prompt_ids=request.prompt_ids, vocab_size=self._vocab_size)
+        sequence = Sequence(
+            request=request, arrival=self._num_arrived, tokens=list(request.prompt_ids), sampler=sampler
+        )
+        for token in request.answer_ids:
+            sequence.take(token)
+            sequence.has_reported = True
+        self._num_arrived += 1
+        return sequence
+
     def _refuse_what_cannot_run(self, request: Request) -> None:
-        prompt, params = request.prompt_ids, request.params
+        prompt, params = [*request.prompt_ids, *request.answer_ids], request.params
         if request.id in self._sequences:
             raise ConfigError(f"request {request.id!r} is being worked on already; give each request an id of its own")
         if not prompt:
@@ -219,6 +269,10 @@ class Engine:
         check_ids(prompt, vocab_size=known)
         check_ids([token for token, _ in params.logit_bias], vocab_size=self._vocab_size, what="of logit_bias")
         check_ids(params.stop_token_ids, vocab_size=self._vocab_size, what="of stop_token_ids")
+        if request.answer_ids and params.max_tokens is not None and len(request.answer_ids) >= params.max_tokens:
+            raise ConfigError(
+                f"answer_ids has {len(request.answer_ids)} tokens and max_tokens is {params.max_tokens}: nothing is left"
+            )
         if len(prompt) >= self._limit:
             whose = "the model's context is"
             if self._limit < self._runner.config.max_position_embeddings:
@@ -252,7 +306,7 @@ class Engine:
             if states.experts is not None and work.sequence.request.with_experts:
                 work.sequence.keep_experts(states.experts[first:end].to(torch.int16))
             self._take(outcome, logits=logits[part], offers=offers[part])
-            if outcome.finish_reason is None and self._drafter.num_modules:
+            if outcome.finish_reason in (None, FinishReason.HANDED_OVER) and self._drafter.num_modules:
                 standing = min(work.first + work.num_tokens, len(work.sequence.tokens) - 1) - work.first
                 self._drafter.keep(work.sequence, states.handed_on[first:end][:standing], first=work.first)
 
@@ -325,14 +379,13 @@ class Engine:
             if self._ends(token, request):
                 outcome.finish_reason, outcome.end = FinishReason.END_OF_TEXT, logprob
                 return
-            if constraint is not None and not constraint.advance(token):
-                raise ConfigError(f"the grammar turned down token {token}, which it had allowed")
+            sequence.take(token)
             if logprob is not None:
                 outcome.logprobs.append(logprob)
-            sequence.tokens.append(token)
-            sequence.sampler.add(token)
             outcome.tokens.append(token)
             outcome.finish_reason = self._limit_reached(sequence)
+            if outcome.finish_reason is None and request.hand_to is not None:
+                outcome.finish_reason = FinishReason.HANDED_OVER
             is_right = place < len(drafts) and drafts[place] == token
             sequence.num_computed += is_right
             outcome.num_accepted += is_right
@@ -428,6 +481,8 @@ class Engine:
             if self._drafter.num_modules:
                 end = min([end, *(past.done for past in sequence.mtp)])
             self._scheduler.register(sequence, end=end)
+            if sequence.request.hand_to is not None:
+                self._hand_over(outcome, sink=sequence.request.hand_to, end=end)
         if outcome.finish_reason is None and not outcome.tokens:
             return None
         first_time = not sequence.has_reported
@@ -452,6 +507,23 @@ class Engine:
         if outcome.finish_reason is not None:
             self._end(sequence, outcome.finish_reason)
         return event
+
+    def _hand_over(self, outcome: Outcome, *, sink: PageSink, end: int) -> None:
+        """Send pages whose positions, `end` of them, are all in step, and with the first token all that remains."""
+        sequence, size = outcome.work.sequence, self.config.page_tokens
+        is_last = outcome.finish_reason is FinishReason.HANDED_OVER
+        num_ready = -(-sequence.num_computed // size) if is_last else end // size
+        first = max(sequence.num_handed, sink.first_page)
+        if outcome.finish_reason is None or is_last:
+            if num_ready > first:
+                sink.send(self._runner.read_pages(sequence.pages[first:num_ready]), first_page=first)
+                sequence.num_handed = num_ready
+            if is_last:
+                mtp = tuple(
+                    MtpHandover(done=past.done, unread=torch.cat(past.unread).cpu() if past.unread else None)
+                    for past in sequence.mtp
+                )
+                sink.finish(Handover(token=sequence.tokens[-1], num_computed=sequence.num_computed, mtp=mtp))
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         """Forget a request. What it computed stays good as a prefix."""

@@ -4,6 +4,7 @@ A token's numbers depend on its past alone, to the last bit: see docs/decisions/
 """
 
 import ctypes
+import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -52,6 +53,11 @@ class PackedRunner:
         return self.model.num_mtp_modules
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes: on the CPU."""
+        return torch.device("cpu")
+
+    @property
     def _width(self) -> int:
         return self.config.kv_lora_rank + self.config.qk_rope_head_dim
 
@@ -98,6 +104,18 @@ class PackedRunner:
     def logits(self, hidden: Float[Tensor, "token hidden"]) -> Float[Tensor, "token vocab"]:
         """Return FP32 logits."""
         return self.model.head(hidden)
+
+    def read_pages(self, pages: Sequence[int]) -> Float[Tensor, "layer page token entry"]:
+        """Return a copy of what pages hold, layers of MTP modules last."""
+        return self._by_page()[:, torch.tensor(pages)]
+
+    def write_pages(self, pages: Sequence[int], *, entries: Float[Tensor, "layer page token entry"]) -> None:
+        """Put into pages what `read_pages` of the same model gave elsewhere."""
+        self._by_page()[:, torch.tensor(pages)] = entries
+
+    def _by_page(self) -> Float[Tensor, "layer page token entry"]:
+        shape = (len(self.model.layers), self._num_pages, self._page_tokens, self._width)
+        return self._cache[: math.prod(shape)].view(shape)
 
     def _states(self, hidden: Tensor, normed: Tensor) -> States:
         return States(hidden=normed, handed_on=normed if self.config.mtp_hidden_source == "post_norm" else hidden)

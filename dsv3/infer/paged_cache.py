@@ -33,6 +33,10 @@ class PagedLatentCache:
         layers = config.num_hidden_layers + num_mtp_modules
         self.storage = torch.zeros(layers, num_pages * page_tokens, width, dtype=dtype, device=device)
 
+    def by_page(self) -> Float[Tensor, "layer page token entry"]:
+        """Return a view of all of it, page by page."""
+        return self.storage.unflatten(1, (-1, self.page_tokens))
+
     def bound_to(self, pages: Sequence[Sequence[int]], *, batch: TokenBatch) -> "BoundPages":
         """Return the cache as the model sees it in one pass: sequence i of `batch` has `pages[i]`."""
         return BoundPages(self, pages=pages, batch=batch)

@@ -8,6 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dsv3.infer.constraint import Constraint
+from dsv3.infer.handover import Handover, PageSink
 from dsv3.infer.sampler import SamplingParams
 
 
@@ -21,6 +22,8 @@ class FinishReason(StrEnum):
     CONTEXT_LIMIT = "context_limit"
     """Prompt and answer fill the context, or the engine's pages."""
     CANCELLED = "cancelled"
+    HANDED_OVER = "handed_over"
+    """Another engine goes on from here; see `Request.hand_to`."""
     FAILED = "failed"
     """Something broke while this request was computed; `TokenEvent.error` says what."""
 
@@ -33,6 +36,13 @@ class Request:
     """Unique among the requests that the engine has not finished."""
     prompt_ids: Sequence[int]
     params: SamplingParams
+    answer_ids: Sequence[int] = ()
+    """The answer's first tokens, where another engine has drawn them; what is told and counted comes after them.
+
+    Draws are functions of seed and place, so with a seed the answer goes on as it would have gone on there.
+    """
+    hand_to: PageSink | None = None
+    """Where the latent cache goes, page by page while the prompt is read; the request ends here with its next token."""
     constraint: Constraint | None = None
     """A grammar that the answer must obey; the engine advances it, so each request needs its own."""
     num_logprobs: int | None = None

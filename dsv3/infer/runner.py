@@ -51,6 +51,11 @@ class Runner(Protocol):
         ...
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes, and states lie."""
+        ...
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes of latent cache that one token takes, over all layers, MTP modules included."""
         ...
@@ -74,6 +79,14 @@ class Runner(Protocol):
 
     def logits(self, hidden: Float[Tensor, "token hidden"]) -> Float[Tensor, "token vocab"]:
         """Return FP32 logits of the rows asked for, on the CPU."""
+        ...
+
+    def read_pages(self, pages: Sequence[int]) -> Float[Tensor, "layer page token entry"]:
+        """Return a copy of what pages hold, layers of MTP modules last, on the CPU."""
+        ...
+
+    def write_pages(self, pages: Sequence[int], *, entries: Float[Tensor, "layer page token entry"]) -> None:
+        """Put into pages what `read_pages` of the same model gave elsewhere."""
         ...
 
 
@@ -116,7 +129,7 @@ class TorchRunner:
 
     def forward(self, batch: TokenBatch, *, pages: Sequence[Sequence[int]], with_experts: bool = False) -> States:
         """Read tokens through the main model, and say if asked where they went."""
-        output = self._model(batch.to(self._device), cache=self._bound(batch, pages=pages), precision=self._precision)
+        output = self._model(batch.to(self.device), cache=self._bound(batch, pages=pages), precision=self._precision)
         states = self._states(output.hidden, before_norm=output.before_norm)
         if not (with_experts and output.routings):
             return states
@@ -129,7 +142,7 @@ class TorchRunner:
         output, _ = self._model.predict_ahead(
             state,
             depth=depth,
-            batch=batch.to(self._device),
+            batch=batch.to(self.device),
             cache=self._bound(batch, pages=pages),
             precision=self._precision,
         )
@@ -139,8 +152,19 @@ class TorchRunner:
         """Return logits of the rows asked for, in FP32 at least, on the CPU."""
         return self._model.logits(hidden).cpu()
 
+    def read_pages(self, pages: Sequence[int]) -> Float[Tensor, "layer page token entry"]:
+        """Return a copy of what pages hold, layers of MTP modules last, on the CPU."""
+        assert self._cache is not None, "make_pages comes first"
+        return self._cache.by_page()[:, torch.tensor(pages)].cpu()
+
+    def write_pages(self, pages: Sequence[int], *, entries: Float[Tensor, "layer page token entry"]) -> None:
+        """Put into pages what `read_pages` of the same model gave elsewhere."""
+        assert self._cache is not None, "make_pages comes first"
+        self._cache.by_page()[:, torch.tensor(pages)] = entries.to(self.device)
+
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """Where it computes."""
         return self._model.embed_tokens.weight.device
 
     def _bound(self, batch: TokenBatch, *, pages: Sequence[Sequence[int]]) -> BoundPages:

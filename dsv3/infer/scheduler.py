@@ -46,12 +46,13 @@ class Scheduler:
         self.pool = PagePool(num_pages=config.num_pages, page_tokens=config.page_tokens)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.expected: list[Sequence] = []
+        """They hold pages that are filled from elsewhere, and join those that run once that is done."""
         self.num_preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn."""
-        if self.config.prefix_caching:
-            sequence.keys = page_keys(sequence.tokens, page_tokens=self.config.page_tokens, known=sequence.keys)
+        self._find_keys(sequence)
         insort(self.waiting, sequence, key=lambda other: other.arrival)
 
     def remove(self, sequence: Sequence) -> None:
@@ -59,9 +60,22 @@ class Scheduler:
         if sequence in self.waiting:
             self.waiting.remove(sequence)
         else:
-            self.running.remove(sequence)
+            (self.expected if sequence in self.expected else self.running).remove(sequence)
             self.pool.release(sequence.pages)
         sequence.start_over()
+
+    def expect(self, sequence: Sequence) -> bool:
+        """Keep pages for a sequence that is read elsewhere; False, and no change, if there is no room for it now."""
+        self._find_keys(sequence)
+        if len(self.running) + len(self.expected) >= self.config.max_sequences or not self._take_pages(sequence):
+            return False
+        self.expected.append(sequence)
+        return True
+
+    def adopt(self, sequence: Sequence) -> None:
+        """Let a sequence run whose pages have been filled."""
+        self.expected.remove(sequence)
+        insort(self.running, sequence, key=lambda other: other.arrival)
 
     def next_work(self) -> list[Work]:
         """Return what goes into the next pass; nothing only if nobody waits or runs."""
@@ -106,10 +120,14 @@ class Scheduler:
 
     def check(self) -> None:
         """Raise AssertionError unless pages and sequences agree."""
-        self.pool.check([sequence.pages for sequence in self.running])
+        self.pool.check([sequence.pages for sequence in [*self.running, *self.expected]])
         assert not any(sequence.pages for sequence in self.waiting), "a sequence that waits holds pages"
         for sequence in self.running:
             assert sequence.num_computed <= len(sequence.pages) * self.config.page_tokens, "entries without a page"
+
+    def _find_keys(self, sequence: Sequence) -> None:
+        if self.config.prefix_caching:
+            sequence.keys = page_keys(sequence.tokens, page_tokens=self.config.page_tokens, known=sequence.keys)
 
     def _in_order(self, *, decoding: bool) -> Iterator[Sequence]:
         """Yield running sequences as they arrived, but none that has been preempted by then."""

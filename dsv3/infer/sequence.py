@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dsv3.errors import ConfigError
 from dsv3.infer.pages import Key
 from dsv3.infer.request import Request, TokenLogprob
 from dsv3.infer.sampler import TokenSampler
@@ -42,6 +43,8 @@ class Sequence:
     """Tokens that the cache has entries of; one fewer than there are tokens, while decoding."""
     num_registered: int = 0
     """Pages that can be found by others."""
+    num_handed: int = 0
+    """Pages that have gone to the engine that will continue the request; they are good there for ever."""
     drafts: list[int] = field(default_factory=list)
     """What may follow; to be verified."""
     mtp: list[MtpPast] = field(default_factory=list)
@@ -71,6 +74,18 @@ class Sequence:
     def is_decoding(self) -> bool:
         """Whether all but the newest token is computed."""
         return self.num_pending == 1 and self.num_answer > 0
+
+    def take(self, token: int) -> None:
+        """Let a token follow that has been drawn, here or where the sequence comes from.
+
+        Raises:
+            ConfigError: the grammar does not allow it.
+        """
+        constraint = self.request.constraint
+        if constraint is not None and not constraint.advance(token):
+            raise ConfigError(f"the grammar turned down token {token}, which it had allowed")
+        self.tokens.append(token)
+        self.sampler.add(token)
 
     def start_over(self) -> None:
         """Forget what was computed; the pages must have been let go of."""
