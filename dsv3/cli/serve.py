@@ -43,6 +43,14 @@ def serve(
     ] = True,
     max_step_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one pass; longer prompts go in chunks.")] = 512,
     max_sequences: Annotated[int, typer.Option(min=1, help="Requests in one pass.")] = 64,
+    prefill: Annotated[
+        int, typer.Option(min=0, help="Processes that read prompts; with --decode. 0: one process does everything.")
+    ] = 0,
+    decode: Annotated[int, typer.Option(min=0, help="Processes that go on with what those have read.")] = 0,
+    worker_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds without a word from such a process before it is started again.")
+    ] = 60.0,
+    transfer_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for pages from one to the other.")] = 30.0,
     max_tokens_default: Annotated[int, typer.Option(min=1, help="Of answers that do not say.")] = 1024,
     queue_limit: Annotated[int, typer.Option(min=1, help="Answers under way; more are turned away (429).")] = 256,
     queue_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to the first token at most.")] = 60.0,
@@ -75,6 +83,10 @@ def serve(
             max_drafts=drafts,
             adaptive_drafts=adaptive,
         ),
+        prefill_workers=prefill,
+        decode_workers=decode,
+        worker_timeout_seconds=worker_timeout,
+        transfer_timeout_seconds=transfer_timeout,
         host=host,
         port=port,
         served_name=served_name,

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from dsv3.config.check import require_not_negative, require_positive
 from dsv3.config.engine import EngineConfig
+from dsv3.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,14 @@ class ServerConfig:
     """Room for all requests together; None takes `loaded.CACHE_TOKENS`, a whole context, or what memory allows."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """`num_pages` is worked out from `cache_tokens`."""
+    prefill_workers: int = 0
+    """Processes that read prompts, and hand them over; 0, with 0 `decode_workers`, is one process for everything."""
+    decode_workers: int = 0
+    """Processes that go on from there."""
+    worker_timeout_seconds: float = 60.0
+    """A worker that says nothing for so long is ended and started again; longer than any step takes."""
+    transfer_timeout_seconds: float = 30.0
+    """Longest time from a first token until all pages are where the answer goes on."""
     host: str = "127.0.0.1"
     port: int = 8000
     """0 takes a free one."""
@@ -52,4 +61,10 @@ class ServerConfig:
         require_positive(self, "max_tokens_default", "max_choices", "queue_limit", "body_limit_bytes")
         require_positive(self, "queue_timeout_seconds", "request_timeout_seconds", "slow_reader_seconds")
         require_positive(self, "keep_alive_seconds", "body_timeout_seconds")
-        require_not_negative(self, "port", "drain_timeout_seconds", "threads")
+        require_positive(self, "worker_timeout_seconds", "transfer_timeout_seconds")
+        require_not_negative(self, "port", "drain_timeout_seconds", "threads", "prefill_workers", "decode_workers")
+        if bool(self.prefill_workers) != bool(self.decode_workers):
+            raise ConfigError(
+                f"{self.prefill_workers} prefill workers and {self.decode_workers} decode workers: one kind cannot "
+                "answer alone; give both 1 or more, or both 0 for one process that does everything"
+            )

@@ -129,9 +129,7 @@ class Engine:
         self._sequences[request.id] = sequence
         return sequence.num_registered
 
-    def write(
-        self, request_id: str, *, entries: Float[Tensor, "layer page token entry"], first_page: int
-    ) -> None:
+    def write(self, request_id: str, *, entries: Float[Tensor, "layer page token entry"], first_page: int) -> None:
         """Fill pages of an expected request, number `first_page` of the text and those that follow it."""
         sequence = self._sequences[request_id]
         pages = sequence.pages[first_page : first_page + entries.shape[1]]
@@ -191,6 +189,8 @@ class Engine:
         else:
             self._time(works, seconds=time.perf_counter() - began, num_wanted=num_wanted)
         self._stats.num_steps += 1
+        self._stats.num_read_tokens += sum(work.num_tokens for work in works)
+        self._stats.step_seconds += time.perf_counter() - began
         return events + [event for outcome in outcomes if (event := self._event(outcome)) is not None]
 
     @torch.inference_mode()
@@ -271,7 +271,7 @@ class Engine:
         check_ids(params.stop_token_ids, vocab_size=self._vocab_size, what="of stop_token_ids")
         if request.answer_ids and params.max_tokens is not None and len(request.answer_ids) >= params.max_tokens:
             raise ConfigError(
-                f"answer_ids has {len(request.answer_ids)} tokens and max_tokens is {params.max_tokens}: nothing is left"
+                f"answer_ids has {len(request.answer_ids)} tokens, and max_tokens = {params.max_tokens}: it is whole"
             )
         if len(prompt) >= self._limit:
             whose = "the model's context is"

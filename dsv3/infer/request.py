@@ -1,14 +1,16 @@
 """What is asked of the engine, and what it says back, token by token."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
+from itertools import zip_longest
+from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
 
 from dsv3.infer.constraint import Constraint
-from dsv3.infer.handover import Handover, PageSink
+from dsv3.infer.handover import PageSink
 from dsv3.infer.sampler import SamplingParams
 
 
@@ -106,9 +108,30 @@ class EngineStats:
     num_cached_tokens: int = 0
     num_generated_tokens: int = 0
     num_preemptions: int = 0
+    num_read_tokens: int = 0
+    """Tokens that went through a pass, drafts among them."""
+    step_seconds: float = 0.0
+    """Time that passes took, all in all."""
     drafted_at: list[int] = field(default_factory=list)
     """Drafts made, by place in the chain: index 0 is the first token ahead."""
     accepted_at: list[int] = field(default_factory=list)
     """Those of them that were right and counted."""
     finished: dict[str, int] = field(default_factory=dict)
     """Requests by finish reason."""
+
+    def plus(self, other: "EngineStats") -> "EngineStats":
+        """Return what two engines have counted and hold together; lists are added place by place."""
+
+        def added(mine: Any, its: Any) -> Any:
+            if isinstance(mine, list):
+                return [sum(pair) for pair in zip_longest(mine, its, fillvalue=0)]
+            if isinstance(mine, dict):
+                return {key: mine.get(key, 0) + its.get(key, 0) for key in {**mine, **its}}
+            return mine + its
+
+        names = [one.name for one in fields(self)]
+        return EngineStats(**{name: added(getattr(self, name), getattr(other, name)) for name in names})
+
+    def counts(self) -> "EngineStats":
+        """Return the counts alone, of an engine that has ended and holds nothing any more."""
+        return replace(self, num_waiting=0, num_running=0, num_pages=0, num_pages_in_use=0, num_pages_cached=0)

@@ -8,6 +8,11 @@ import logging
 import os
 import signal
 import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 import msgspec
 import zmq
@@ -21,26 +26,36 @@ from dsv3.runtime.device import set_threads
 from dsv3.runtime.log import get_logger, show_log
 from dsv3.serve.grammar import GrammarFactory
 from dsv3.serve.messages import (
+    Adopted,
+    Alive,
     Ask,
     Broken,
     Cancel,
     Check,
     Checked,
+    Expect,
+    FromEngine,
     Here,
+    Leave,
+    Lost,
+    ProcessSettings,
     Progress,
     Ready,
     Refused,
+    Room,
     Stop,
     ToEngine,
     decode_to_engine,
     encode,
 )
+from dsv3.serve.page_transfer import Incoming, Pages, Parcel, SocketTransport, Way, handover_of
 
 log = get_logger(__name__)
 
 IDLE_MILLISECONDS = 1000
 """How long to wait for a message before looking whether the parent is still there."""
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+T = TypeVar("T")
 
 
 def main() -> None:
@@ -51,54 +66,73 @@ def main() -> None:
     # Ctrl-C in a terminal reaches this process too; the parent says when to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     show_log(level=logging.INFO)
-    config = msgspec.json.decode(sys.stdin.buffer.read(), type=ServerConfig)
+    settings = msgspec.json.decode(sys.stdin.buffer.read(), type=ProcessSettings)
     with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
         socket.linger = 1000
         socket.connect(sys.argv[1])
         socket.send(encode(Here()))
+
+        def tell(message: FromEngine) -> None:
+            socket.send(encode(message))
+
+        transport = SocketTransport(context, secret=settings.secret) if settings.secret else None
         try:
-            service = EngineService(config)
+            service = EngineService(settings.config, tell=tell, transport=transport)
         except Dsv3Error as error:
             socket.send(encode(Broken(str(error))))
             return
         except OSError as error:
             socket.send(encode(Broken(f"{error.strerror}: {error.filename}" if error.filename else str(error))))
             return
-        socket.send(encode(service.ready()))
+        tell(service.ready())
         run(service, socket=socket, parent=parent)
+        if transport is not None:
+            transport.close()
 
 
 def run(service: "EngineService", *, socket: "zmq.Socket[bytes]", parent: int) -> None:
     """Take messages between steps, and step while there is work; when that is done, look through the books."""
-    is_checked = True
+    poller = zmq.Poller()
+    poller.register(socket, zmq.POLLIN)
+    if service.transport is not None:
+        poller.register(service.transport.inward, zmq.POLLIN)
+    is_checked, heard = True, time.monotonic()
     while os.getppid() == parent:
-        wait = 0 if service.engine.has_work else IDLE_MILLISECONDS
-        while socket.poll(wait):
-            wait = 0
+        poller.poll(0 if service.engine.has_work else IDLE_MILLISECONDS)
+        while socket.poll(0):
             message = decode_to_engine(socket.recv())
             if isinstance(message, Stop):
                 return
-            answer = service.take(message)
-            if answer is not None:
-                socket.send(encode(answer))
+            service.take(message)
+        service.take_pages()
         if service.engine.has_work:
             events = service.engine.step()
-            socket.send(encode(Progress(events, service.engine.stats())))
-            is_checked = False
+            service.tell(Progress(events, service.engine.stats()))
+            is_checked, heard = False, time.monotonic()
         elif not is_checked:
             is_checked = True
             if fault := service.fault():
                 log.error("the cache's books do not add up: %s; restart the server, and tell us of it", fault)
+        if time.monotonic() - heard > IDLE_MILLISECONDS / 1000:
+            service.tell(Alive())
+            heard = time.monotonic()
 
 
 class EngineService:
-    """An engine that is spoken to in messages."""
+    """An engine that is spoken to in messages, and that may hand requests to others like it and take theirs."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(
+        self, config: ServerConfig, *, tell: Callable[[FromEngine], None], transport: SocketTransport | None = None
+    ) -> None:
         set_threads(config.threads)
         self._loaded = load(config.model, weights=config.weights, device=config.device, drafts=config.engine.max_drafts)
         self.engine = self._loaded.new_engine(config.engine, cache_tokens=config.cache_tokens)
+        self.tell = tell
+        self.transport = transport
         self._grammars: GrammarFactory | None = None
+        self._without_room: deque[Request] = deque()
+        """Requests that others read, in order, for which there are no pages yet."""
+        self._incoming: dict[str, Incoming] = {}
 
     def ready(self) -> Ready:
         """Return what there is to say once the model is loaded."""
@@ -113,18 +147,65 @@ class EngineService:
             drafts=engine.max_drafts,
             num_pages=engine.num_pages,
             page_tokens=engine.page_tokens,
+            address="" if self.transport is None else self.transport.address,
         )
 
-    def take(self, message: ToEngine) -> Refused | Checked | None:
-        """Take one message, and return what is to be answered at once, if anything."""
+    def take(self, message: ToEngine) -> None:
+        """Take one message."""
         if isinstance(message, Ask):
-            return self._ask(message)
-        if isinstance(message, Cancel):
+            if (request := self._request(message)) is not None:
+                self._try(message.id, partial(self.engine.add, request))
+        elif isinstance(message, Expect):
+            if (request := self._request(message.ask)) is not None:
+                self._without_room.append(request)
+        elif isinstance(message, Cancel):
             for request_id in message.ids:
+                self._incoming.pop(request_id, None)
                 self.engine.cancel(request_id)
-        if isinstance(message, Check):
-            return Checked(self.fault())
-        return None
+            gone = set(message.ids)
+            self._without_room = deque(request for request in self._without_room if request.id not in gone)
+        elif isinstance(message, Leave):
+            assert self.transport is not None
+            self.transport.abort(message.address)
+        elif isinstance(message, Check):
+            self.tell(Checked(self.fault()))
+
+    def take_pages(self) -> None:
+        """Take what other engines have sent, then make room for more of it, in order of arrival."""
+        if self.transport is None:
+            return
+        for parcel in self.transport.poll():
+            incoming = self._incoming.get(parcel.note.id)
+            if incoming is not None:  # otherwise it has been cancelled since
+                self._take_parcel(parcel, incoming=incoming)
+        while self._without_room and self._make_room(self._without_room[0]):
+            self._without_room.popleft()
+
+    def _take_parcel(self, parcel: Parcel, *, incoming: Incoming) -> None:
+        note = parcel.note
+        try:
+            if isinstance(note, Pages):
+                incoming.take(note, entries=parcel.tensor)
+                self.engine.write(note.id, entries=parcel.tensor, first_page=note.first_page)
+                return
+            incoming.end(note)
+            self.engine.adopt(note.id, handover_of(note, parcel.tensor))
+        except Dsv3Error as error:
+            self.engine.cancel(note.id)
+            self.tell(Lost(note.id, str(error)))
+        else:
+            self.tell(Adopted(note.id, incoming.num_bytes))
+        del self._incoming[note.id]
+
+    def _make_room(self, request: Request) -> bool:
+        """Keep room for a request, and say so; False if there is none now."""
+        first_page = self._try(request.id, partial(self.engine.expect, request), otherwise=-1)
+        if first_page is None:
+            return False
+        if first_page >= 0:
+            self._incoming[request.id] = Incoming(first_page=first_page, page_tokens=self.engine.config.page_tokens)
+            self.tell(Room(request.id, first_page))
+        return True
 
     def fault(self) -> str:
         """Return what is wrong with pages, prefixes and requests; empty if nothing is."""
@@ -134,28 +215,42 @@ class EngineService:
             return str(fault) or "what is held and what is known differ"
         return ""
 
-    def _ask(self, ask: Ask) -> Refused | None:
+    def _request(self, ask: Ask) -> Request | None:
+        """Return what is asked; None if it cannot be, which has been told."""
+        return self._try(ask.id, partial(self._make_request, ask), otherwise=None)
+
+    def _make_request(self, ask: Ask) -> Request:
+        constraint = None
+        if ask.grammar is not None:
+            constraint = self._factory().make(ask.grammar)
+            if ask.thinks_first:
+                constraint = self._factory().reasoning_first(constraint, starts_inside=True)
+        way = None
+        if ask.hand_to is not None:
+            assert self.transport is not None
+            to, first_page = ask.hand_to.address, ask.hand_to.first_page
+            way = Way(self.transport, to=to, request_id=ask.id, first_page=first_page)
+        return Request(
+            id=ask.id,
+            prompt_ids=ask.prompt_ids,
+            params=ask.params,
+            answer_ids=ask.answer_ids,
+            hand_to=way,
+            constraint=constraint,
+            num_logprobs=ask.num_logprobs,
+            prompt_logprobs=ask.prompt_logprobs,
+        )
+
+    def _try(self, request_id: str, do: Callable[[], T | None], *, otherwise: T | None = None) -> T | None:
+        """Return what `do` returns, or tell why it could not."""
         try:
-            constraint = None
-            if ask.grammar is not None:
-                constraint = self._factory().make(ask.grammar)
-                if ask.thinks_first:
-                    constraint = self._factory().reasoning_first(constraint, starts_inside=True)
-            request = Request(
-                id=ask.id,
-                prompt_ids=ask.prompt_ids,
-                params=ask.params,
-                constraint=constraint,
-                num_logprobs=ask.num_logprobs,
-                prompt_logprobs=ask.prompt_logprobs,
-            )
-            self.engine.add(request)
+            return do()
         except Dsv3Error as error:
-            return Refused(ask.id, str(error))
+            self.tell(Refused(request_id, str(error)))
         except Exception as error:  # One request fails; the engine and all others go on.
             log.exception("a request could not be taken in")
-            return Refused(ask.id, repr(error), is_fault=True)
-        return None
+            self.tell(Refused(request_id, repr(error), is_fault=True))
+        return otherwise
 
     def _factory(self) -> GrammarFactory:
         if self._grammars is None:

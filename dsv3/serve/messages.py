@@ -2,9 +2,27 @@
 
 import msgspec
 
+from dsv3.config import ServerConfig
 from dsv3.infer.request import EngineStats, TokenEvent
 from dsv3.infer.sampler import SamplingParams
 from dsv3.serve.grammar import GrammarSpec
+
+
+class ProcessSettings(msgspec.Struct, frozen=True):
+    """What an engine's process is told when it begins."""
+
+    config: ServerConfig
+    secret: str = ""
+    """Known to the processes that hand each other pages; empty where none do."""
+
+
+class HandTo(msgspec.Struct, frozen=True):
+    """Who goes on with a request once its prompt is read."""
+
+    address: str
+    """Where its pages are taken."""
+    first_page: int
+    """The first one that is lacking there."""
 
 
 class Ask(msgspec.Struct, tag=True, frozen=True):
@@ -18,6 +36,16 @@ class Ask(msgspec.Struct, tag=True, frozen=True):
     grammar: GrammarSpec | None = None
     thinks_first: bool = False
     """The answer begins inside `<think>`; the grammar is for what comes after."""
+    answer_ids: list[int] = []
+    """Tokens of the answer that have been told already."""
+    hand_to: HandTo | None = None
+    """Read it, and hand it over; None answers it here."""
+
+
+class Expect(msgspec.Struct, tag=True, frozen=True):
+    """A request that another engine will read and hand over. Answered with `Room` as soon as there is some."""
+
+    ask: Ask
 
 
 class Cancel(msgspec.Struct, tag=True, frozen=True):
@@ -28,6 +56,12 @@ class Cancel(msgspec.Struct, tag=True, frozen=True):
 
 class Check(msgspec.Struct, tag=True, frozen=True):
     """The engine is to check its own books."""
+
+
+class Leave(msgspec.Struct, tag=True, frozen=True):
+    """Whoever took pages at an address has gone."""
+
+    address: str
 
 
 class Stop(msgspec.Struct, tag=True, frozen=True):
@@ -49,6 +83,34 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
     drafts: int
     num_pages: int
     page_tokens: int
+    address: str = ""
+    """Where pages of other engines are taken."""
+
+
+class Alive(msgspec.Struct, tag=True, frozen=True):
+    """There is nothing to tell, which is to be told now and then."""
+
+
+class Room(msgspec.Struct, tag=True, frozen=True):
+    """An expected request has its pages."""
+
+    id: str
+    first_page: int
+    """The first one that is lacking here."""
+
+
+class Adopted(msgspec.Struct, tag=True, frozen=True):
+    """All of an expected request has come, and it goes on here."""
+
+    id: str
+    num_bytes: int
+
+
+class Lost(msgspec.Struct, tag=True, frozen=True):
+    """What has come of an expected request is of no use; it must be read again."""
+
+    id: str
+    reason: str
 
 
 class Broken(msgspec.Struct, tag=True, frozen=True):
@@ -79,8 +141,8 @@ class Checked(msgspec.Struct, tag=True, frozen=True):
     fault: str
 
 
-ToEngine = Ask | Cancel | Check | Stop
-FromEngine = Here | Ready | Broken | Refused | Progress | Checked
+ToEngine = Ask | Expect | Cancel | Leave | Check | Stop
+FromEngine = Here | Ready | Broken | Refused | Progress | Checked | Alive | Room | Adopted | Lost
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

@@ -66,7 +66,7 @@ class Answers:
             EngineError: the engine has ended.
         """
         for choice, ask in zip(self.choices, self._asks, strict=True):
-            inbox = await self._engine.ask(ask)
+            inbox = self._engine.ask(ask)
             self._readers.append(asyncio.create_task(self._read(choice, inbox)))
 
     def close(self) -> None:

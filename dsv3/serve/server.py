@@ -16,8 +16,9 @@ from dsv3.errors import ConfigError, EngineError, TokenizerError
 from dsv3.infer.model_folder import find_model
 from dsv3.runtime.log import get_logger
 from dsv3.serve.app import Application, build_app
+from dsv3.serve.deployment import Deployment
 from dsv3.serve.edge import AbortableProtocol
-from dsv3.serve.engine_client import GONE, EngineClient
+from dsv3.serve.engine_client import GONE, EngineClient, OneEngine
 
 log = get_logger(__name__)
 
@@ -45,7 +46,7 @@ async def _serve(config: ServerConfig, *, say: Callable[[str], None]) -> None:
     listening = _listen(config)
     if config.host not in LOCAL and not config.api_keys:
         log.warning("listening on %s without an API key: whoever reaches this address can use the model", config.host)
-    engine = EngineClient(config)
+    engine = Deployment(config) if config.prefill_workers else OneEngine(config)
     try:
         await engine.start()
         shared = Application(

@@ -126,7 +126,9 @@ def test_a_grammar_goes_on_where_it_stood(new_runner):
 
 
 def test_a_request_that_ends_with_its_first_token_is_not_handed_over(new_runner):
-    events, ways = hand_over(engine_of(new_runner()), engine_of(new_runner()), [request_of("a", prompt_of(9), max_tokens=1)])
+    events, ways = hand_over(
+        engine_of(new_runner()), engine_of(new_runner()), [request_of("a", prompt_of(9), max_tokens=1)]
+    )
     assert events["a"][0].finish_reason is FinishReason.MAX_TOKENS
     assert ways["a"].handover is None
 
@@ -173,7 +175,7 @@ def test_an_answer_that_is_begun_elsewhere_can_be_handed_over_too():
 
 def test_an_answer_that_is_whole_already_is_refused():
     request = replace(request_of("a", prompt_of(4), max_tokens=2), answer_ids=[5, 6])
-    with pytest.raises(ConfigError, match="answer_ids has 2 tokens and max_tokens is 2"):
+    with pytest.raises(ConfigError, match="answer_ids has 2 tokens, and max_tokens = 2"):
         engine_of(packed()).add(request)
 
 

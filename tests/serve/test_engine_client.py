@@ -8,7 +8,7 @@ from dsv3.config import EngineConfig, ServerConfig
 from dsv3.errors import ConfigError
 from dsv3.infer.request import FinishReason
 from dsv3.infer.sampler import SamplingParams
-from dsv3.serve.engine_client import EngineClient
+from dsv3.serve.engine_client import OneEngine
 from dsv3.serve.messages import Ask, Refused
 
 
@@ -17,7 +17,7 @@ def config_of(folder, **changes):
 
 
 async def with_client(config, use):
-    client = EngineClient(config)
+    client = OneEngine(config)
     try:
         await client.start()
         return await use(client)
@@ -31,8 +31,8 @@ def ask(name, *, prompt=(5, 6, 7), **params):
 
 def test_events_reach_whoever_asked_and_the_books_are_in_order_afterwards(tiny_folder):
     async def use(client):
-        first, second = await client.ask(ask("a")), await client.ask(ask("b", max_tokens=500))
-        refused = await client.ask(ask("c", prompt=[5, 100_000]))
+        first, second = client.ask(ask("a")), client.ask(ask("b", max_tokens=500))
+        refused = client.ask(ask("c", prompt=[5, 100_000]))
         assert isinstance(await refused.get(), Refused)
         await second.get()
         client.forget(["b", "never asked"])
