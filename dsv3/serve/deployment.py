@@ -393,9 +393,12 @@ class Deployment:
     async def _watch(self) -> None:
         """Find workers that have ceased to speak, and transfers that do not end."""
         while True:
+            began = time.monotonic()
             await asyncio.sleep(WATCH_SECONDS)
-            self._fleet.end_silent(after_seconds=self._config.worker_timeout_seconds)
             now = time.monotonic()
+            if now - began > 5 * WATCH_SECONDS:
+                continue  # It was this process that stood still, or the machine: what was said has not been heard yet.
+            self._fleet.end_silent(after_seconds=self._config.worker_timeout_seconds)
             for task in list(self._tasks.values()):
                 since = task.moving_since
                 if since is not None and not task.is_adopted and now - since > self._config.transfer_timeout_seconds:

@@ -1,6 +1,6 @@
 """The engine's own process: it loads the model, and then does nothing but steps and messages.
 
-python -m dsv3.serve.engine_process ADDRESS     settings come on standard input
+python -m dsv3.serve.engine_process ADDRESS PARENT     settings come on standard input
 """
 
 import ctypes
@@ -11,6 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import TypeVar
 
@@ -60,14 +61,14 @@ T = TypeVar("T")
 
 def main() -> None:
     """Serve the engine at the address on the command line until told to stop, or until the parent is gone."""
-    parent = os.getppid()
+    parent = int(sys.argv[2])  # os.getppid() is another one already if it has ended while this process began
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     # Ctrl-C in a terminal reaches this process too; the parent says when to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     show_log(level=logging.INFO)
     settings = msgspec.json.decode(sys.stdin.buffer.read(), type=ProcessSettings)
-    with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
+    with zmq.Context() as context, context.socket(zmq.PAIR) as socket, ExitStack() as at_the_end:
         socket.linger = 1000
         socket.connect(sys.argv[1])
         socket.send(encode(Here()))
@@ -75,19 +76,19 @@ def main() -> None:
         def tell(message: FromEngine) -> None:
             socket.send(encode(message))
 
-        transport = SocketTransport(context, secret=settings.secret) if settings.secret else None
+        transport = None
+        if settings.secret:
+            transport = at_the_end.enter_context(closing(SocketTransport(context, secret=settings.secret)))
         try:
             service = EngineService(settings.config, tell=tell, transport=transport)
         except Dsv3Error as error:
-            socket.send(encode(Broken(str(error))))
+            tell(Broken(str(error)))
             return
         except OSError as error:
-            socket.send(encode(Broken(f"{error.strerror}: {error.filename}" if error.filename else str(error))))
+            tell(Broken(f"{error.strerror}: {error.filename}" if error.filename else str(error)))
             return
         tell(service.ready())
         run(service, socket=socket, parent=parent)
-        if transport is not None:
-            transport.close()
 
 
 def run(service: "EngineService", *, socket: "zmq.Socket[bytes]", parent: int) -> None:

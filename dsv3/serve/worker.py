@@ -1,6 +1,7 @@
 """An engine's process as its parent sees it: started, spoken with, watched, ended."""
 
 import asyncio
+import os
 import subprocess
 import sys
 import tempfile
@@ -71,7 +72,7 @@ class Worker:
         """
         address = f"ipc://{Path(self._folder.name) / 'engine'}"
         self._socket.bind(address)
-        command = [sys.executable, "-m", "dsv3.serve.engine_process", address]
+        command = [sys.executable, "-m", "dsv3.serve.engine_process", address, str(os.getpid())]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE)
         assert self._process.stdin is not None
         with suppress(BrokenPipeError), self._process.stdin as stdin:

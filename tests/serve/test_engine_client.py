@@ -1,7 +1,10 @@
 """The engine's process spoke to directly: requests, cancelling, and its books."""
 
 import asyncio
+import subprocess
+import sys
 
+import msgspec
 import pytest
 
 from dsv3.config import EngineConfig, ServerConfig
@@ -9,7 +12,7 @@ from dsv3.errors import ConfigError
 from dsv3.infer.request import FinishReason
 from dsv3.infer.sampler import SamplingParams
 from dsv3.serve.engine_client import OneEngine
-from dsv3.serve.messages import Ask, Refused
+from dsv3.serve.messages import Ask, ProcessSettings, Refused
 
 
 def config_of(folder, **changes):
@@ -55,3 +58,9 @@ def test_a_model_that_cannot_be_loaded_is_the_engines_own_words(tiny_folder):
     config = config_of(tiny_folder, weights="int8", device="cuda")
     with pytest.raises(ConfigError, match="there is no CUDA device here"):
         asyncio.run(with_client(config, None))
+
+
+def test_an_engine_whose_parent_ended_while_it_began_ends_too(tiny_folder, tmp_path):
+    command = [sys.executable, "-m", "dsv3.serve.engine_process", f"ipc://{tmp_path}/nobody", "1"]
+    settings = msgspec.json.encode(ProcessSettings(config_of(tiny_folder)))
+    subprocess.run(command, input=settings, timeout=60, check=True)
