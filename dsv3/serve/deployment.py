@@ -49,7 +49,9 @@ from dsv3.serve.worker import NOT_READY, Worker
 log = get_logger(__name__)
 
 MOST_ATTEMPTS = 4
-"""To answer one request, before its client is told that it failed."""
+"""To answer one request, before its client is told that it failed; some request may be what ends the workers."""
+TOKENS_AN_ATTEMPT = 64
+"""For so many tokens told there may be one attempt more: a long answer outlives many workers."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -275,7 +277,7 @@ class Deployment:
         self._withdraw(task)
         task.attempt += 1
         task.early, task.is_adopted, task.moving_since = [], False, None
-        if task.attempt >= MOST_ATTEMPTS:
+        if task.attempt >= MOST_ATTEMPTS + len(task.tokens) // TOKENS_AN_ATTEMPT:
             self._inboxes.fail(task.ask.id, f"given up after {task.attempt} attempts; the last one ended because {why}")
             self._end(task)
             return
