@@ -3,12 +3,13 @@
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from dsv3.errors import ConfigError
 from dsv3.plan.pipeline import Action, Kind, Schedule, Step
 
 
+@runtime_checkable
 class Costs(Protocol):
     """What a step of a rank takes."""
 

@@ -1,20 +1,18 @@
 """How long a step takes: the schedule run on paper, with the times of each stage's layers."""
 
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
-from dsv3.config import PretrainConfig
-from dsv3.errors import ConfigError
+from dsv3.config import ParallelConfig, PretrainConfig
 from dsv3.plan.hardware import Hardware
-from dsv3.plan.layer_times import LENT, Clock, WorkTimes, together
-from dsv3.plan.pipeline import Kind, Schedule, Step
+from dsv3.plan.layer_times import Clock, WorkTimes, together
+from dsv3.plan.pipeline import Kind, Step, require_micro_batches
 from dsv3.plan.simulate import Timeline, simulate
 from dsv3.plan.stages import Stages, fewest_micro_batches, make_schedule, make_stages
 from dsv3.plan.traffic import link_between
 
 LARGEST_SIMULATED = 4096
-"""Chunks of work of all ranks; of longer steps two shorter ones are run, and what lies between goes on as it went."""
+"""Chunks of work of all stages; longer steps are told from two shorter ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +66,15 @@ class PipelineTime:
     def of(cls, timeline: Timeline) -> "PipelineTime":
         """Sum up a timeline."""
         names = {Kind.FORWARD: "forward", Kind.BACKWARD: "backward", Kind.INPUT: "backward", Kind.WEIGHT: "weight"}
-        spent: Counter[str] = Counter()
+        spent = dict.fromkeys(("forward", "backward", "weight", "woven"), 0.0)
         for spans in timeline.spans:
             for span in spans:
                 name = names[span.step[0].kind] if len(span.step) == 1 else "woven"
-                spent[name] += span.end - span.start  # type: ignore[assignment]
+                spent[name] += span.end - span.start
         ranks = len(timeline.spans)
         idle = timeline.duration * ranks - sum(timeline.busy)
         return cls(
-            **{name: spent[name] / ranks for name in ("forward", "backward", "weight", "woven")}, bubble=idle / ranks
+            **{name: seconds / ranks for name, seconds in spent.items()}, bubble=idle / ranks
         )
 
     def further(self, other: "PipelineTime", *, steps: float) -> "PipelineTime":
@@ -126,47 +124,53 @@ class StepClock:
         send = clock.send_seconds(self.pipeline_link(data=data)) if has_others else 0.0
         return StageCosts(stages=tuple(found), send=send)
 
-    def pipeline_time(self, *, micro_batches: int, data: int) -> PipelineTime:
-        """Return what a step of so many micro-batches of each pipeline takes.
+    def pipeline_time(self, *, micro_batches: int, data: int, exact: bool = True) -> PipelineTime:
+        """Return what a step takes; of long ones, and where `exact` is False, from two shorter ones.
+
+        Once a schedule is in its stride every further micro-batch adds the same.
 
         Raises:
-            ConfigError: the schedule cannot work with so many.
+            ConfigError: the schedule cannot work with so many micro-batches.
         """
-        parallel, costs = self.config.parallel, self.costs(data=data)
-        schedule_size = micro_batches * len(self.stages.layers)
-        multiple = multiple_of(parallel.schedule, pipeline=parallel.pipeline)
-        fewest = fewest_micro_batches(parallel)
-        near = -(-max(LARGEST_SIMULATED // len(self.stages.layers), 4 * parallel.pipeline, fewest) // multiple)
-        near *= multiple
-        if schedule_size <= LARGEST_SIMULATED or micro_batches <= near:
-            return PipelineTime.of(self._timeline(micro_batches, costs=costs))
-        make_schedule(parallel, num_micro_batches=2 * multiple + fewest)  # refuses what no number of them would mend
-        shorter = max(fewest, near // 2 // multiple * multiple)
-        far = PipelineTime.of(self._timeline(near, costs=costs))
-        return far.further(
-            PipelineTime.of(self._timeline(shorter, costs=costs)), steps=(micro_batches - near) / (near - shorter)
-        )
+        near, far = self._stride
+        is_short = micro_batches * len(self.stages.layers) <= LARGEST_SIMULATED
+        if micro_batches <= far or (exact and is_short):
+            return PipelineTime.of(self.timeline(micro_batches=micro_batches, data=data))
+        require_multiple(self.config.parallel, micro_batches=micro_batches)
+        longer = PipelineTime.of(self.timeline(micro_batches=far, data=data))
+        shorter = PipelineTime.of(self.timeline(micro_batches=near, data=data))
+        return longer.further(shorter, steps=(micro_batches - far) / (far - near))
+
+    @cached_property
+    def _stride(self) -> tuple[int, int]:
+        """Return two numbers of micro-batches with which the schedule is in its stride."""
+        parallel = self.config.parallel
+        near = usable_micro_batches(self.config, wanted=2 * parallel.pipeline)
+        return near, usable_micro_batches(self.config, wanted=near + max(2, parallel.pipeline // 2))
 
     def timeline(self, *, micro_batches: int, data: int) -> Timeline:
-        """Return the whole step, for a picture of it."""
-        return self._timeline(micro_batches, costs=self.costs(data=data))
-
-    def _timeline(self, micro_batches: int, *, costs: StageCosts) -> Timeline:
-        return simulate(self._schedule(micro_batches), costs=costs)
-
-    def _schedule(self, micro_batches: int) -> Schedule:
-        return make_schedule(self.config.parallel, num_micro_batches=micro_batches)
-
-
-def multiple_of(schedule: str, *, pipeline: int) -> int:
-    """Return what the number of micro-batches of a schedule must be a multiple of."""
-    if pipeline == 1:
-        return 1
-    return {"dualpipe": 2, "interleaved": pipeline}.get(schedule, 1)
+        """Return when each rank of a pipeline does what."""
+        schedule = make_schedule(self.config.parallel, num_micro_batches=micro_batches)
+        return simulate(schedule, costs=self.costs(data=data))
 
 
 def usable_micro_batches(config: PretrainConfig, *, wanted: int) -> int:
     """Return the smallest number of micro-batches, from `wanted` up, that the schedule can work with."""
-    fewest = fewest_micro_batches(config.parallel)
-    multiple = multiple_of(config.parallel.schedule, pipeline=config.parallel.pipeline)
-    return max(fewest, -(-wanted // multiple) * multiple)
+    parallel = config.parallel
+    multiple = _multiple(parallel)
+    return max(fewest_micro_batches(parallel), -(-wanted // multiple) * multiple)
+
+
+def require_multiple(parallel: ParallelConfig, *, micro_batches: int) -> None:
+    """Refuse a number of micro-batches that the schedule cannot deal out.
+
+    Raises:
+        ConfigError: says which would do.
+    """
+    require_micro_batches(micro_batches, name=parallel.schedule, multiple_of=_multiple(parallel))
+
+
+def _multiple(parallel: ParallelConfig) -> int:
+    if parallel.pipeline == 1:
+        return 1
+    return {"dualpipe": 2, "interleaved": parallel.pipeline}.get(parallel.schedule, 1)

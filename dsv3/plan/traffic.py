@@ -5,13 +5,17 @@ Links are NVLink within a node and InfiniBand (IB) between nodes (report 3.2.2).
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, pairwise
 from math import comb
 
 from dsv3.config import ModelConfig, PretrainConfig
 from dsv3.plan.hardware import Hardware
+from dsv3.plan.ranks import RankPlan
+from dsv3.plan.stages import Stages
 
 TILE = 128
+WOVEN = ("dualpipe", "dualpipe_v")
+"""Schedules that weave a forward chunk into a backward one, so that tokens travel while other tokens are computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +89,86 @@ def _expected_places(experts: int, groups: int, open_groups: int, chosen: int, p
     return found
 
 
+def link_between(config: PretrainConfig, *, gpu: Hardware, distance: int) -> str:
+    """Return the link between ranks whose numbers lie so far apart."""
+    in_node = config.parallel.ranks_per_node or gpu.ranks_per_node
+    return gpu.link(within_node=distance < in_node)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Flow:
-    """Bytes that one rank sends in a step, the busiest rank where they differ."""
+    """Bytes that a rank sends in a step."""
 
     name: str
     link: str
     num_bytes: float
-    why: str
+    is_hidden: bool
+    """Whether it has other work beside it: that of a woven pair."""
 
 
-def link_between(config: PretrainConfig, *, gpu: Hardware, distance: int) -> str:
-    """Return the link between ranks whose numbers lie so far apart at most."""
-    in_node = config.parallel.ranks_per_node or gpu.ranks_per_node
-    return gpu.link(within_node=distance < in_node)
+def step_flows(
+    config: PretrainConfig, *, gpu: Hardware, stages: Stages, place: RankPlan, data: int, micro_batches: int
+) -> tuple[Flow, ...]:
+    """Return all that a rank sends in a step: tokens and hidden states as the mean of ranks, gradients as `place` does.
+
+    Tokens go to their experts and back in the forward pass, and their gradients the same ways in the backward pass.
+    """
+    model, parallel = config.model, config.parallel
+    tokens = config.batch.micro_batch_sequences * config.batch.sequence_length / parallel.context * micro_batches
+    is_woven = parallel.schedule in WOVEN and (parallel.pipeline > 1 or parallel.schedule == "dualpipe_v")
+    routed = (model.num_moe_layers + model.num_nextn_predict_layers) / parallel.pipeline
+    token = token_traffic(config, gpu=gpu)
+    flows = []
+    for link in ("IB", "NVLink"):
+        dispatch, combine = token.bytes_on(link)
+        flows += [
+            Flow(name="expert dispatch", link=link, num_bytes=2 * tokens * routed * dispatch, is_hidden=is_woven),
+            Flow(name="expert combine", link=link, num_bytes=2 * tokens * routed * combine, is_hidden=is_woven),
+        ]
+    crossings = sum(near != far for near, far in pairwise(stages.routes[0])) / parallel.pipeline
+    hidden = 2 * 2 * tokens * model.hidden_size * crossings
+    flows.append(
+        Flow(
+            name="pipeline sends",
+            link=link_between(config, gpu=gpu, distance=data),
+            num_bytes=hidden,
+            is_hidden=is_woven,
+        )
+    )
+    if parallel.context > 1:
+        width = model.kv_lora_rank + model.qk_rope_head_dim
+        layers = (model.num_hidden_layers + model.num_nextn_predict_layers) / parallel.pipeline
+        link = link_between(config, gpu=gpu, distance=parallel.context - 1)
+        latents = 2 * 2 * tokens * (parallel.context - 1) * width * layers
+        flows.append(Flow(name="latents of shared rows", link=link, num_bytes=latents, is_hidden=is_woven))
+    flows += _data_parallel(config, gpu=gpu, stages=stages, place=place, data=data)
+    return tuple(flow for flow in flows if flow.num_bytes > 0)
+
+
+def _data_parallel(
+    config: PretrainConfig, *, gpu: Hardware, stages: Stages, place: RankPlan, data: int
+) -> list[Flow]:
+    """Return what summing gradients in FP32 takes, and bringing the stepped weights back in BF16 where ranks share them.
+
+    Of n sharers each sends (n - 1) / n of the bytes, and twice as much where all of them get the whole sum.
+    """
+    found = []
+    holders = len(stages.routes)
+    for name, number, sharers, distance in (
+        ("", place.shared_parameters, holders * data, data * holders - 1),
+        (
+            " of experts",
+            place.expert_parameters,
+            holders * data // config.parallel.expert,
+            (data - config.parallel.expert) if holders == 1 else data,
+        ),
+    ):
+        others = (sharers - 1) / sharers
+        link = link_between(config, gpu=gpu, distance=max(0, distance))
+        times = 1 if config.parallel.zero else 2
+        found.append(
+            Flow(name=f"gradients{name}", link=link, num_bytes=times * 4 * number * others, is_hidden=False)
+        )
+        if config.parallel.zero:
+            found.append(Flow(name=f"weights{name}", link=link, num_bytes=2 * number * others, is_hidden=False))
+    return found
