@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from dsv3.config import PretrainConfig
-from dsv3.plan.traffic import WOVEN
+from dsv3.plan.traffic import is_woven
 
 LOGITS_AT_ONCE = 1 << 27
 """Numbers of a chunk of logits on a GPU (ops/cross_entropy.py)."""
@@ -35,10 +35,10 @@ def buffers(config: PretrainConfig, *, dtype: str) -> Buffers:
     tokens = config.batch.micro_batch_sequences * config.batch.sequence_length // parallel.context
     row = size * model.hidden_size
     copies = tokens * model.num_experts_per_tok if model.num_moe_layers else 0
-    is_woven = parallel.schedule in WOVEN
-    ways = (2 if is_woven else 1) if parallel.pipeline > 1 else 0
+    woven = is_woven(parallel)
+    ways = (2 if woven else 1) if parallel.pipeline > 1 else 0
     return Buffers(
-        experts=2 * copies * row * (2 if is_woven else 1),
+        experts=2 * copies * row * (2 if woven else 1),
         pipeline=2 * 2 * ways * tokens * row,
         logits=2 * 4 * min(tokens * model.vocab_size, LOGITS_AT_ONCE),
         system=round(SYSTEM_GB * 1e9) if dtype == "bfloat16" else 0,

@@ -1,8 +1,9 @@
 """How long the parts of a layer take on a GPU: the published trace of V3, and others by their FLOPs and bytes.
 
-The trace is of one layer with experts of V3 on H800s, 4,096 tokens a rank, experts over 64 ranks, everything in flight
-at once: 20 of 132 SMs move tokens while the others compute, and routing is perfectly balanced (fact sheet 3.8).
-Another model, number of tokens or GPU takes as much longer as it has more FLOPs, or fewer FLOPs a second at its peak.
+The trace is of one layer with experts of V3 on H800s, 4,096 tokens a rank, experts over 64 ranks, a forward pass woven
+into a backward one: 20 of 132 SMs are set aside to move tokens, the others compute, and routing is perfectly balanced
+(fact sheet 3.8). Another model, number of tokens or GPU takes as much longer as it has more FLOPs, or fewer FLOPs a
+second at its peak; a run without weaving, or without experts on other ranks, computes with all SMs.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -11,13 +12,13 @@ from functools import lru_cache
 from dsv3.config import ModelConfig, PrecisionConfig, PretrainConfig
 from dsv3.plan.counts import expanded_attention_flops_per_token, layer_counts
 from dsv3.plan.hardware import H800, Hardware
-from dsv3.plan.traffic import token_traffic
+from dsv3.plan.traffic import is_woven, token_traffic
 
 TRACE_TOKENS = 4096
-LENT = 20 / 132
-"""Of a GPU's SMs, what dispatch and combine take while they run (report 3.2.2)."""
+SET_ASIDE = 20 / 132
+"""Of a GPU's SMs, those for dispatch and combine where they go on beside the computing (report 3.2.2)."""
 BF16_SHARE = 0.65
-"""Of their peak that BF16 products reach. Assumption: the trace has none but those of attention."""
+"""Of their peak that BF16 products reach on all SMs. Assumption: the trace has none but those of attention."""
 BACKWARD_SCORES = 2.5
 """Attention's scores and values backward, as a multiple of forward: two products forward, five backward, as the scores
 are made again."""
@@ -66,7 +67,7 @@ class WorkTimes:
     """Seconds of one micro-batch in one part of the model, on one rank."""
 
     forward: float = 0.0
-    """Computing on the whole GPU; so are the next two."""
+    """Computing; so are the next two."""
     backward: float = 0.0
     """For the inputs' gradients."""
     weight: float = 0.0
@@ -87,14 +88,6 @@ class WorkTimes:
         return WorkTimes(**{field.name: getattr(self, field.name) * number for field in fields(self)})
 
 
-def together(*, compute: float, link: float) -> float:
-    """Return how long a GPU takes to compute and to move tokens at once, of which it can do either without the other.
-
-    While tokens move, computing has only the SMs that these leave.
-    """
-    return max(compute + LENT * min(link, compute / (1 - LENT)), link)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Clock:
     """Times of parts of a model on one GPU, for micro-batches of `config`."""
@@ -103,6 +96,12 @@ class Clock:
     gpu: Hardware
     imbalance: float
     """How many more tokens than the mean the experts of the busiest rank have, as a share of it; all wait for them."""
+
+    @property
+    def computing(self) -> float:
+        """Share of the SMs that compute, beside what did in the trace."""
+        parallel = self.config.parallel
+        return 1.0 if is_woven(parallel) and parallel.expert > 1 else 1 / (1 - SET_ASIDE)
 
     @property
     def tokens(self) -> float:
@@ -119,7 +118,7 @@ class Clock:
         scores = expanded_attention_flops_per_token(model, mean_context=mean_context) / model.num_hidden_layers
         scores *= self.tokens
         rates = _rates()
-        slower = H800.bf16_tflops / self.gpu.bf16_tflops
+        slower = H800.bf16_tflops / self.gpu.bf16_tflops / self.computing
         forward, backward = scores / rates.scores * slower, scores * BACKWARD_SCORES / rates.scores_backward * slower
         product = self._product_seconds(rates.projections)
         fetched = self._latents()
@@ -157,7 +156,7 @@ class Clock:
         model = self.config.model
         modules, hidden = model.num_nextn_predict_layers, model.hidden_size
         flops = 2.0 * self.tokens * ((1 + modules) * model.vocab_size * hidden + modules * 2 * hidden**2)
-        seconds = flops / (BF16_SHARE * self.gpu.bf16_tflops * 1e12)
+        seconds = flops * self._bf16_seconds
         head = WorkTimes(forward=seconds, backward=seconds, weight=seconds)
         return head + (self.attention() + self.experts()).times(modules)
 
@@ -176,8 +175,13 @@ class Clock:
     def _product_seconds(self, rate: float) -> float:
         """Return the seconds of one FLOP: at the traced rate in FP8, and a share of the peak in BF16."""
         if self.config.precision.recipe == "original":
-            return 1 / (BF16_SHARE * self.gpu.bf16_tflops * 1e12)
-        return H800.fp8_tflops / self.gpu.fp8_tflops / rate
+            return self._bf16_seconds
+        return H800.fp8_tflops / self.gpu.fp8_tflops / rate / self.computing
+
+    @property
+    def _bf16_seconds(self) -> float:
+        """Seconds of one FLOP of a BF16 product."""
+        return 1 / (BF16_SHARE * (1 - SET_ASIDE) * self.computing * self.gpu.bf16_tflops * 1e12)
 
     def _latents(self) -> float:
         """Return how long the latents and rope keys of the tokens that other ranks have take to come here, in BF16."""
@@ -199,7 +203,7 @@ def exchange_seconds(config: PretrainConfig, *, gpu: Hardware) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class _Rates:
-    """FLOPs a second that an H800 reaches with all of its SMs, by the trace."""
+    """FLOPs a second that an H800 reaches with the SMs that compute in the trace."""
 
     projections: float
     scores: float
@@ -217,10 +221,8 @@ def _rates() -> _Rates:
     nothing else, and the rest of the time is that of scores and values.
     """
     model, counts = _traced_config().model, layer_counts(_traced_config().model)
-    # Over the layer SMs are lent for the time of its communication.
-    whole = (TRACE.compute - LENT * TRACE.link) / TRACE.compute
     projections = 2.0 * counts.attention * TRACE_TOKENS
-    rate = projections / (whole * TRACE.attention_weight)
+    rate = projections / TRACE.attention_weight
     again = 2.0 * _up_projections(model) * TRACE_TOKENS
     scores = expanded_attention_flops_per_token(model, mean_context=TRACE_TOKENS // 2) / model.num_hidden_layers
     scores *= TRACE_TOKENS
@@ -229,13 +231,13 @@ def _rates() -> _Rates:
     ) * TRACE_TOKENS
     return _Rates(
         projections=rate,
-        scores=scores / (whole * TRACE.attention_forward - projections / rate),
+        scores=scores / (TRACE.attention_forward - projections / rate),
         scores_backward=BACKWARD_SCORES
         * scores
-        / (whole * TRACE.attention_backward - (projections + again) / rate),
-        mlp_forward=mlp / (whole * TRACE.mlp_forward),
-        mlp_backward=mlp / (whole * TRACE.mlp_backward),
-        mlp_weight=mlp / (whole * TRACE.mlp_weight),
+        / (TRACE.attention_backward - (projections + again) / rate),
+        mlp_forward=mlp / TRACE.mlp_forward,
+        mlp_backward=mlp / TRACE.mlp_backward,
+        mlp_weight=mlp / TRACE.mlp_weight,
     )
 
 

@@ -1,11 +1,12 @@
 """How long a step takes: the schedule run on paper, with the times of each stage's layers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from dsv3.config import ParallelConfig, PretrainConfig
 from dsv3.plan.hardware import Hardware
-from dsv3.plan.layer_times import Clock, WorkTimes, together
+from dsv3.plan.layer_times import Clock, WorkTimes
 from dsv3.plan.pipeline import Kind, Step, require_micro_batches
 from dsv3.plan.simulate import Timeline, simulate
 from dsv3.plan.stages import Stages, fewest_micro_batches, make_schedule, make_stages
@@ -40,7 +41,7 @@ class StageCosts:
             forward = action.kind is Kind.FORWARD
             compute += work.forward if forward else work.backward + work.weight
             link += (work.forward_link if forward else work.backward_link) + self.send
-        return together(compute=compute, link=link)
+        return max(compute, link)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +141,16 @@ class StepClock:
         longer = PipelineTime.of(self.timeline(micro_batches=far, data=data))
         shorter = PipelineTime.of(self.timeline(micro_batches=near, data=data))
         return longer.further(shorter, steps=(micro_batches - far) / (far - near))
+
+    def many(self, numbers: Sequence[int], *, data: int) -> dict[int, float]:
+        """Return the seconds of steps of so many micro-batches each, from two that are run on paper."""
+        near, far = self._stride
+        times = {
+            number: PipelineTime.of(self.timeline(micro_batches=number, data=data)).total
+            for number in {near, far, *(number for number in numbers if number < near)}
+        }
+        slope = (times[far] - times[near]) / (far - near)
+        return {number: times.get(number, times[near] + slope * (number - near)) for number in numbers}
 
     @cached_property
     def _stride(self) -> tuple[int, int]:

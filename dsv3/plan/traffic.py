@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import combinations, pairwise
 from math import comb
 
-from dsv3.config import ModelConfig, PretrainConfig
+from dsv3.config import ModelConfig, ParallelConfig, PretrainConfig
 from dsv3.plan.hardware import Hardware
 from dsv3.plan.ranks import RankPlan
 from dsv3.plan.stages import Stages
@@ -16,6 +16,11 @@ from dsv3.plan.stages import Stages
 TILE = 128
 WOVEN = ("dualpipe", "dualpipe_v")
 """Schedules that weave a forward chunk into a backward one, so that tokens travel while other tokens are computed."""
+
+
+def is_woven(parallel: ParallelConfig) -> bool:
+    """Whether ranks work on two micro-batches at once: on one rank 'dualpipe' has no order to choose."""
+    return parallel.schedule in WOVEN and (parallel.pipeline > 1 or parallel.schedule == "dualpipe_v")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,15 +120,15 @@ def step_flows(
     """
     model, parallel = config.model, config.parallel
     tokens = config.batch.micro_batch_sequences * config.batch.sequence_length / parallel.context * micro_batches
-    is_woven = parallel.schedule in WOVEN and (parallel.pipeline > 1 or parallel.schedule == "dualpipe_v")
+    woven = is_woven(parallel)
     routed = (model.num_moe_layers + model.num_nextn_predict_layers) / parallel.pipeline
     token = token_traffic(config, gpu=gpu)
     flows = []
     for link in ("IB", "NVLink"):
         dispatch, combine = token.bytes_on(link)
         flows += [
-            Flow(name="expert dispatch", link=link, num_bytes=2 * tokens * routed * dispatch, is_hidden=is_woven),
-            Flow(name="expert combine", link=link, num_bytes=2 * tokens * routed * combine, is_hidden=is_woven),
+            Flow(name="expert dispatch", link=link, num_bytes=2 * tokens * routed * dispatch, is_hidden=woven),
+            Flow(name="expert combine", link=link, num_bytes=2 * tokens * routed * combine, is_hidden=woven),
         ]
     crossings = sum(near != far for near, far in pairwise(stages.routes[0])) / parallel.pipeline
     hidden = 2 * 2 * tokens * model.hidden_size * crossings
@@ -132,7 +137,7 @@ def step_flows(
             name="pipeline sends",
             link=link_between(config, gpu=gpu, distance=data),
             num_bytes=hidden,
-            is_hidden=is_woven,
+            is_hidden=woven,
         )
     )
     if parallel.context > 1:
@@ -140,7 +145,7 @@ def step_flows(
         layers = (model.num_hidden_layers + model.num_nextn_predict_layers) / parallel.pipeline
         link = link_between(config, gpu=gpu, distance=parallel.context - 1)
         latents = 2 * 2 * tokens * (parallel.context - 1) * width * layers
-        flows.append(Flow(name="latents of shared rows", link=link, num_bytes=latents, is_hidden=is_woven))
+        flows.append(Flow(name="latents of shared rows", link=link, num_bytes=latents, is_hidden=woven))
     flows += _data_parallel(config, gpu=gpu, stages=stages, place=place, data=data)
     return tuple(flow for flow in flows if flow.num_bytes > 0)
 
