@@ -39,8 +39,8 @@ def describe_plan(config: PretrainConfig, *, ranks: int) -> str:
         "",
         *aligned([HEADER, *(_row(place) for place in plan.places)]),
         "",
-        "GB of a rank that computes in BF16. 'kept' waits for the backward pass, at the worst moment of a step. Buffers",
-        "and what a kernel needs for a moment are not in it; dsv3 plan has them, and what the step costs.",
+        "GB of a rank that computes in BF16. 'kept' waits for the backward pass, at the worst moment of a step.",
+        "Buffers, and what a kernel needs for a moment, are not in it; dsv3 plan has them, and what a step costs.",
         *_average(plan),
     ]
     return "\n".join(lines)

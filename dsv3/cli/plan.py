@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
+from math import lcm
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -160,8 +161,7 @@ def _world(config: PretrainConfig, *, gpus: int | None, dp: int | None) -> int:
         return world
     if gpus is not None:
         return gpus
-    ranks = parallel.expert * parallel.context if parallel.expert % parallel.context else parallel.expert
-    return parallel.pipeline * ranks
+    return parallel.pipeline * lcm(parallel.expert, parallel.context)
 
 
 def _cost(plan: TrainingPlan, *, dollars_per_hour: float, post_hours: float | None) -> Cost:

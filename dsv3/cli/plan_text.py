@@ -30,7 +30,11 @@ def describe_plan(plan: TrainingPlan, *, cost: Cost) -> str:
         rows, reasons = [], []
         for line in lines:
             published = beside.get(line.name)
-            compared = f"{amount(published.value, unit=line.unit)} ({line.value / published.value - 1:+.1%})" if published else ""
+            compared = (
+                f"{amount(published.value, unit=line.unit)} ({line.value / published.value - 1:+.1%})"
+                if published
+                else ""
+            )
             rows.append((line.name, amount(line.value, unit=line.unit), compared))
             reasons.append(f"{line.source.value}: {line.why}" + (f" [{published.where}]" if published else ""))
         told += ["", f"{section}" + ("  (beside it: published)" if any(row[2] for row in rows) else "")]
@@ -60,8 +64,8 @@ def _advice(plan: TrainingPlan) -> list[str]:
 
 
 def _ranks(places: list[RankPlan]) -> str:
-    named = ", ".join(f"{place.ranks.start}-{place.ranks.stop - 1}" for place in places)
-    return f"ranks {named}"
+    named = [f"{one.start}-{one.stop - 1}" if len(one) > 1 else str(one.start) for one in (p.ranks for p in places)]
+    return f"ranks {', '.join(named[:4])}" + (f" and {len(named) - 4} places more" if len(named) > 4 else "")
 
 
 def describe_search(search: Search) -> str:

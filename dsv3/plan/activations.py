@@ -80,8 +80,9 @@ def _activation_memory(config: PretrainConfig, *, sizes: _Sizes) -> ActivationMe
     heads = 1 + modules
     dense = 2 * sizes.computed * model.intermediate_size
     dense += 0 if recompute.swiglu else kept.input(model.intermediate_size)
-    # A copy of a token is gathered again; its gate is kept.
-    copy = kept.swiglu_input(2 * width) + kept.swiglu_output(width, recompute=recompute) + sizes.exact
+    # A copy of a token that is here is gathered again, one that came from another rank is kept; so is its gate.
+    came = kept.input(model.hidden_size) if config.parallel.expert > 1 else 0
+    copy = came + kept.swiglu_input(2 * width) + kept.swiglu_output(width, recompute=recompute) + sizes.exact
     return ActivationMemory(
         attention=layers * _attention(model, recompute=recompute, kept=kept),
         dense_mlp=(model.num_hidden_layers - model.num_moe_layers) * dense,
@@ -109,6 +110,13 @@ def kept_of_tokens(config: PretrainConfig, *, tokens: int, dtype: str = "float32
         layers = model.num_hidden_layers + model.num_nextn_predict_layers
         latents = _SIZES[dtype].computed * layers * numbers * (tokens - tokens // (2 * context))
     return kept.per_token * -(-tokens // context) + latents + kept.per_pass
+
+
+def kept_at_end(config: PretrainConfig, *, dtype: str) -> int:
+    """Return bytes a token of what follows the last layer, MTP aside: the last norm's input and output, and the
+    gradient of the latter. A stage that is not the last has none of it.
+    """
+    return _SIZES[dtype].computed * 3 * config.model.hidden_size + _SIZES[dtype].exact
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Memory of a rank besides what it keeps between chunks of work: rows that travel, logits, and what the system takes."""
+"""Memory of a rank besides what it keeps for later: rows that travel, logits, and what the system takes."""
 
 from dataclasses import dataclass
 

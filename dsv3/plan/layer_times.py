@@ -143,10 +143,10 @@ class Clock:
         busiest = 1 + self.imbalance if self.config.parallel.expert > 1 else 1.0
         always = 2.0 * (counts.shared_experts + counts.router) * self.tokens
         bare = exchange_seconds(self.config, gpu=self.gpu) * self.tokens * busiest
-        waits = _waits()
+        while_computing = waits()
         return self._mlp(routed * busiest + always) + WorkTimes(
-            forward_link=bare * waits[0],
-            backward_link=bare * waits[1],
+            forward_link=bare * while_computing[0],
+            backward_link=bare * while_computing[1],
             forward_bare=bare,
             backward_bare=bare,
         )
@@ -226,15 +226,11 @@ def _rates() -> _Rates:
     again = 2.0 * _up_projections(model) * TRACE_TOKENS
     scores = expanded_attention_flops_per_token(model, mean_context=TRACE_TOKENS // 2) / model.num_hidden_layers
     scores *= TRACE_TOKENS
-    mlp = 2.0 * (
-        model.num_experts_per_tok * counts.expert + counts.shared_experts + counts.router
-    ) * TRACE_TOKENS
+    mlp = 2.0 * (model.num_experts_per_tok * counts.expert + counts.shared_experts + counts.router) * TRACE_TOKENS
     return _Rates(
         projections=rate,
         scores=scores / (TRACE.attention_forward - projections / rate),
-        scores_backward=BACKWARD_SCORES
-        * scores
-        / (TRACE.attention_backward - (projections + again) / rate),
+        scores_backward=BACKWARD_SCORES * scores / (TRACE.attention_backward - (projections + again) / rate),
         mlp_forward=mlp / TRACE.mlp_forward,
         mlp_backward=mlp / TRACE.mlp_backward,
         mlp_weight=mlp / TRACE.mlp_weight,
@@ -242,7 +238,7 @@ def _rates() -> _Rates:
 
 
 @lru_cache(maxsize=1)
-def _waits() -> tuple[float, float]:
+def waits() -> tuple[float, float]:
     """Return how many times as long as its bytes need the traced communication takes, forward and backward."""
     bare = exchange_seconds(_traced_config(), gpu=H800) * TRACE_TOKENS
     return (

@@ -63,9 +63,10 @@ def search_layouts(config: PretrainConfig, *, gpu: Hardware, world: int, imbalan
     Ranks that hold the same weights share the optimizer's state throughout. Rows of a micro-batch, and ranks that share
     a row, are as `config` has them.
     """
-    found = [_try(config, parallel=parallel, gpu=gpu, world=world, imbalance=imbalance) for parallel in _layouts(
-        config, gpu=gpu, world=world
-    )]
+    found = [
+        _try(config, parallel=parallel, gpu=gpu, world=world, imbalance=imbalance)
+        for parallel in _layouts(config, gpu=gpu, world=world)
+    ]
     running = sorted(
         (one for one in found if not one.problem), key=lambda one: one.plan.step_seconds if one.plan else 0.0
     )
@@ -128,13 +129,9 @@ def _layouts(config: PretrainConfig, *, gpu: Hardware, world: int) -> Iterator[P
                 )
 
 
-def _try(
-    config: PretrainConfig, *, parallel: ParallelConfig, gpu: Hardware, world: int, imbalance: float
-) -> Candidate:
+def _try(config: PretrainConfig, *, parallel: ParallelConfig, gpu: Hardware, world: int, imbalance: float) -> Candidate:
     try:
-        plan = plan_training(
-            replace(config, parallel=parallel), gpu=gpu, world=world, imbalance=imbalance, exact=False
-        )
+        plan = plan_training(replace(config, parallel=parallel), gpu=gpu, world=world, imbalance=imbalance, exact=False)
     except ConfigError as error:
         return Candidate(parallel=parallel, plan=None, problem="divisibility", why=str(error))
     if not plan.fits and parallel.schedule == "dualpipe":

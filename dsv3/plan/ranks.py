@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from dsv3.config import ModelConfig, PretrainConfig
 from dsv3.errors import ConfigError
-from dsv3.plan.activations import FLOAT, activation_memory, fp8_cache, kept_of_tokens
+from dsv3.plan.activations import FLOAT, activation_memory, fp8_cache, kept_at_end, kept_of_tokens
 from dsv3.plan.counts import layer_counts
 from dsv3.plan.pipeline import Kind, Schedule
 from dsv3.plan.simulate import ChunkCosts, Timeline, simulate
@@ -116,10 +116,8 @@ def place_ranks(
     )
 
 
-def _place(
-    config: PretrainConfig, *, stages: Stages, schedule: Schedule, rank: int, data: int, dtype: str
-) -> RankPlan:
-    model, parallel = config.model, config.parallel
+def _place(config: PretrainConfig, *, stages: Stages, schedule: Schedule, rank: int, data: int, dtype: str) -> RankPlan:
+    model = config.model
     held, last = stages.held_by(rank), len(stages.layers) - 1
     has_embedding, has_end = rank in stages.holders("embed_tokens"), last in held
     table = model.vocab_size * model.hidden_size
@@ -214,7 +212,7 @@ def _of_end(config: PretrainConfig) -> _Held:
 def _peak_activations(
     config: PretrainConfig, *, stages: Stages, schedule: Schedule, rank: int, dtype: str
 ) -> tuple[int, int]:
-    """Return the most bytes that a rank's chunks hold at once in the order of its schedule, and those of them in FP8."""
+    """Return the most bytes that a rank's chunks hold at once in the order of its schedule, and of these, in FP8."""
     size: Mapping[int, tuple[int, int]] = {
         stage: _stage_activations(config, stages=stages, stage=stage, dtype=dtype) for stage in stages.held_by(rank)
     }
@@ -244,6 +242,7 @@ def _stage_activations(config: PretrainConfig, *, stages: Stages, stage: int, dt
     of_stage = replace(config, model=part)
     tokens = config.batch.micro_batch_sequences * config.batch.sequence_length
     kept = kept_of_tokens(of_stage, tokens=tokens, dtype=dtype)
+    own_tokens = -(-tokens // config.parallel.context)
     if not is_last:
-        kept -= activation_memory(of_stage, dtype=dtype).per_pass
-    return kept, fp8_cache(of_stage).per_token * -(-tokens // config.parallel.context)
+        kept -= activation_memory(of_stage, dtype=dtype).per_pass + own_tokens * kept_at_end(config, dtype=dtype)
+    return kept, fp8_cache(of_stage).per_token * own_tokens

@@ -124,13 +124,13 @@ def simulate(schedule: Schedule, *, costs: Costs) -> Timeline:
         steps = schedule.steps[rank]
         while len(spans[rank]) < len(steps):
             step = steps[len(spans[rank])]
-            needs = [need for action in step for need in schedule.needs(action)]
-            missing = next((need for need in needs if need not in ended), None)
+            needs = schedule.waits[rank][len(spans[rank])]
+            missing = next((need for need, _ in needs if need not in ended), None)
             if missing is not None:
                 waiting[missing].append(rank)
                 break
             free = spans[rank][-1].end if spans[rank] else 0.0
-            arrivals = [ended[need] + (costs.send if schedule.rank_of(need) != rank else 0.0) for need in needs]
+            arrivals = [ended[need] + (costs.send if is_sent else 0.0) for need, is_sent in needs]
             start = max([free, *arrivals])
             end = start + costs.of(step)
             spans[rank].append(Span(step, start, end))

@@ -74,9 +74,7 @@ class PipelineTime:
                 spent[name] += span.end - span.start
         ranks = len(timeline.spans)
         idle = timeline.duration * ranks - sum(timeline.busy)
-        return cls(
-            **{name: seconds / ranks for name, seconds in spent.items()}, bubble=idle / ranks
-        )
+        return cls(**{name: seconds / ranks for name, seconds in spent.items()}, bubble=idle / ranks)
 
     def further(self, other: "PipelineTime", *, steps: float) -> "PipelineTime":
         """Return this, and `steps` times what it has more than `other`."""
@@ -143,14 +141,13 @@ class StepClock:
         return longer.further(shorter, steps=(micro_batches - far) / (far - near))
 
     def many(self, numbers: Sequence[int], *, data: int) -> dict[int, float]:
-        """Return the seconds of steps of so many micro-batches each, from two that are run on paper."""
-        near, far = self._stride
-        times = {
-            number: PipelineTime.of(self.timeline(micro_batches=number, data=data)).total
-            for number in {near, far, *(number for number in numbers if number < near)}
-        }
-        slope = (times[far] - times[near]) / (far - near)
-        return {number: times.get(number, times[near] + slope * (number - near)) for number in numbers}
+        """Return the seconds of steps of so many micro-batches each: of the fewest and the most, and evenly between."""
+        least, most = min(numbers), max(numbers)
+        first = self.pipeline_time(micro_batches=least, data=data).total
+        if least == most:
+            return {least: first}
+        slope = (self.pipeline_time(micro_batches=most, data=data).total - first) / (most - least)
+        return {number: first + slope * (number - least) for number in numbers}
 
     @cached_property
     def _stride(self) -> tuple[int, int]:

@@ -150,10 +150,8 @@ def step_flows(
     return tuple(flow for flow in flows if flow.num_bytes > 0)
 
 
-def _data_parallel(
-    config: PretrainConfig, *, gpu: Hardware, stages: Stages, place: RankPlan, data: int
-) -> list[Flow]:
-    """Return what summing gradients in FP32 takes, and bringing the stepped weights back in BF16 where ranks share them.
+def _data_parallel(config: PretrainConfig, *, gpu: Hardware, stages: Stages, place: RankPlan, data: int) -> list[Flow]:
+    """Return what summing gradients in FP32 takes, and bringing stepped weights back in BF16 where ranks share them.
 
     Of n sharers each sends (n - 1) / n of the bytes, and twice as much where all of them get the whole sum.
     """
@@ -171,9 +169,7 @@ def _data_parallel(
         others = (sharers - 1) / sharers
         link = link_between(config, gpu=gpu, distance=max(0, distance))
         times = 1 if config.parallel.zero else 2
-        found.append(
-            Flow(name=f"gradients{name}", link=link, num_bytes=times * 4 * number * others, is_hidden=False)
-        )
+        found.append(Flow(name=f"gradients{name}", link=link, num_bytes=times * 4 * number * others, is_hidden=False))
         if config.parallel.zero:
             found.append(Flow(name=f"weights{name}", link=link, num_bytes=2 * number * others, is_hidden=False))
     return found

@@ -1,4 +1,4 @@
-"""The plan of a training run on a cluster: what each rank holds and sends, how long a step takes, and what it is worth."""
+"""The plan of a training run on a cluster: what each rank holds and sends, and how long a step takes."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -126,6 +126,7 @@ def plan_training(
     parallel = config.parallel
     data = world // parallel.pipeline
     readers = data // parallel.context
+    config = _with_rows(config, at_most=config.batch.final_sequences // readers)
     wanted = -(-config.batch.final_sequences // (config.batch.micro_batch_sequences * readers))
     micro_batches = usable_micro_batches(config, wanted=wanted)
     clock = StepClock(config=config, gpu=gpu, imbalance=imbalance)
@@ -142,9 +143,7 @@ def plan_training(
         dtype=dtype,
         places=places,
         buffers=buffers(config, dtype=dtype),
-        flows=step_flows(
-            config, gpu=gpu, stages=clock.stages, place=fullest, data=data, micro_batches=micro_batches
-        ),
+        flows=step_flows(config, gpu=gpu, stages=clock.stages, place=fullest, data=data, micro_batches=micro_batches),
         micro_batches=micro_batches,
         idle_micro_batches=micro_batches - wanted,
         clock=clock,
@@ -198,3 +197,9 @@ def optimizer_seconds(flows: tuple[Flow, ...], *, gpu: Hardware, places: tuple[R
 def _with_node(config: PretrainConfig, *, gpu: Hardware) -> PretrainConfig:
     in_node = config.parallel.ranks_per_node or gpu.ranks_per_node
     return replace(config, parallel=replace(config.parallel, ranks_per_node=in_node))
+
+
+def _with_rows(config: PretrainConfig, *, at_most: int) -> PretrainConfig:
+    """Return the run with no more rows in a micro-batch than a pipeline has in a step."""
+    rows = min(config.batch.micro_batch_sequences, at_most)
+    return replace(config, batch=replace(config.batch, micro_batch_sequences=rows))

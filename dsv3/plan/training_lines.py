@@ -10,7 +10,7 @@ from dsv3.plan.counts import (
     training_flops_per_token_not_causal,
 )
 from dsv3.plan.hardware import H800, Hardware
-from dsv3.plan.layer_times import BF16_SHARE
+from dsv3.plan.layer_times import BF16_SHARE, SET_ASIDE, TRACE, waits
 from dsv3.plan.published_run import PUBLISHED_RUN, Published, is_published_run
 from dsv3.plan.reason import Line, Source
 from dsv3.plan.traffic import token_traffic
@@ -27,6 +27,8 @@ def training_lines(plan: TrainingPlan, *, cost: Cost) -> tuple[Line, ...]:
         *_memory(plan),
         *_work(plan),
         *_traffic(plan),
+        *_trace(),
+        *_layer(plan),
         *_time(plan),
         *_speed(plan),
         *_cost(plan, cost=cost),
@@ -140,16 +142,86 @@ def _traffic(plan: TrainingPlan) -> Iterator[Line]:
         )
 
 
+TRACED = {
+    "ATTN(F)": "attention_forward",
+    "DISPATCH(F)": "dispatch_forward",
+    "MLP(F)": "mlp_forward",
+    "COMBINE(F)": "combine_forward",
+    "COMBINE(B)": "combine_backward",
+    "MLP(B)": "mlp_backward",
+    "MLP(W)": "mlp_weight",
+    "DISPATCH(B)": "dispatch_backward",
+    "ATTN(B)": "attention_backward",
+    "ATTN(W)": "attention_weight",
+}
+"""Parts of a layer by the names of report 3.2.1."""
+
+
+def _trace() -> Iterator[Line]:
+    for name, field in TRACED.items():
+        yield Line(
+            section="trace",
+            name=name,
+            value=getattr(TRACE, field),
+            unit="seconds",
+            source=PUBLISHED,
+            why="deepseek-ai/profile-data, train: a layer with experts of V3 on H800, 4,096 tokens, EP64, balanced",
+        )
+    yield Line(
+        section="trace",
+        name="SMs set aside",
+        value=SET_ASIDE,
+        unit="share",
+        source=PUBLISHED,
+        why="20 of 132, for dispatch and combine (report 3.2.2)",
+    )
+    for name, value in zip(("waits, forward", "waits, backward"), waits(), strict=True):
+        yield Line(
+            section="trace",
+            name=name,
+            value=value,
+            unit="",
+            source=COMPUTED,
+            why="times as long as the bytes need at the rate of the link: what the trace's communication takes",
+        )
+
+
+def _layer(plan: TrainingPlan) -> Iterator[Line]:
+    """Yield what the trace comes to for this model, micro-batch, cluster and GPU."""
+    clock = plan.clock.clock
+    attention, experts, dense, end = clock.attention(), clock.experts(), clock.dense_mlp(), clock.end()
+    model = plan.config.model
+    scaled = "the trace's, by FLOPs and peak" if plan.config.precision.recipe != "original" else "by BF16 products"
+    parts = [("attention", attention, f"{scaled}; scores and values apart, in BF16")]
+    if model.num_moe_layers + model.num_nextn_predict_layers:
+        parts.append(("experts", experts, f"{scaled}; the routed ones with the busiest rank's tokens"))
+    if model.num_moe_layers < model.num_hidden_layers:
+        parts.append(("dense MLP", dense, scaled))
+    parts.append(("end of the model", end, "head in BF16, once a loss, and MTP modules whole"))
+    for name, work, why in parts:
+        for kind in ("forward", "backward", "weight"):
+            yield _layer_line(f"{name}, {kind}", value=getattr(work, kind), why=why)
+    for kind in ("forward", "backward"):
+        if getattr(experts, f"{kind}_bare"):
+            why = "dispatch and combine of a layer while others compute: the trace's, by bytes and rate of the link"
+            yield _layer_line(f"tokens, {kind}, woven", value=getattr(experts, f"{kind}_link"), why=why)
+            why = "the same with nothing beside it: bytes at the rate of the link"
+            yield _layer_line(f"tokens, {kind}, alone", value=getattr(experts, f"{kind}_bare"), why=why)
+
+
+def _layer_line(name: str, *, value: float, why: str) -> Line:
+    return Line(section="layer", name=name, value=value, unit="seconds", source=COMPUTED, why=why)
+
+
 def _time(plan: TrainingPlan) -> Iterator[Line]:
-    trace = "the published trace's parts (fact: H800, 4,096 tokens, EP64), scaled by FLOPs, peaks and bytes"
     yield Line(
         section="time",
         name="tokens of the busiest experts",
         value=plan.imbalance,
         unit="",
         source=FITTED if plan.imbalance == FITTED_IMBALANCE else ASSUMPTION,
-        why="more than the mean; chosen so that the published run's woven chunks take their 13.95 s; --imbalance 0 is the "
-        "trace's, perfectly balanced"
+        why="more than the mean, as a share of it; chosen so that the published run's woven chunks take their 13.95 s; "
+        "the trace has 0, perfectly balanced, and so has --imbalance 0"
         if plan.imbalance == FITTED_IMBALANCE
         else "more than the mean; given on the command line",
     )
@@ -163,7 +235,11 @@ def _time(plan: TrainingPlan) -> Iterator[Line]:
     )
     time = plan.pipeline
     for name, value, why in (
-        ("forward", time.forward, f"forward chunks alone, mean of ranks; {trace}"),
+        (
+            "forward",
+            time.forward,
+            "forward chunks alone: layers of the stage, and moving their tokens; mean of ranks, as are the next",
+        ),
         ("backward", time.backward, "backward chunks alone"),
         ("weights' gradients", time.weight, "those that were put off"),
         ("woven", time.woven, "a forward chunk in a backward one: the longer of computing and moving tokens"),

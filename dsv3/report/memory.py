@@ -41,9 +41,10 @@ def draw_memory(plan: TrainingPlan, *, file: Path) -> None:
             axes.bar(across, heights, bottom=bottom, width=0.8, color=COLOURS[name], label=name)
             bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
         capacity = plan.gpu.memory_gb
-        axes.axhline(capacity, color="#c44e52", linewidth=1.2, linestyle="--")
-        axes.text(len(places) - 0.5, capacity, f" {plan.gpu.name}: {capacity:.1f} GB", va="bottom", ha="right")
-        axes.set_ylim(0, 1.12 * max(capacity if max(bottom) > 0.2 * capacity else 0, *bottom))
+        axes.axhline(
+            capacity, color="#c44e52", linewidth=1.2, linestyle="--", label=f"{plan.gpu.name}: {capacity:.1f} GB"
+        )
+        axes.set_ylim(0, 1.08 * max(capacity, *bottom))
         axes.set_xticks(list(across))
         axes.set_xlabel("place in the pipeline")
         axes.set_ylabel("GB of a rank, at its fullest")
