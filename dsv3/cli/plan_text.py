@@ -164,7 +164,7 @@ def _bytes(plan: TrainingPlan, *, place: RankPlan) -> dict[str, int]:
     }
 
 
-def amount(value: float, *, unit: str) -> str:
+def amount(value: int | float, *, unit: str) -> str:
     """Return a number with its unit for reading."""
     if unit == "share":
         return f"{value:.1%}"
@@ -182,7 +182,7 @@ def amount(value: float, *, unit: str) -> str:
     return _scaled(value, unit=short, sizes=SIZES)
 
 
-def _scaled(value: float, *, unit: str, sizes: tuple[tuple[float, str], ...]) -> str:
+def _scaled(value: int | float, *, unit: str, sizes: tuple[tuple[float, str], ...]) -> str:
     size, letter = next((one for one in sizes if abs(value) >= one[0]), (1.0, ""))
     if value == 0:
         return f"0 {unit}"

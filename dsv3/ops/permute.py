@@ -31,7 +31,7 @@ def sum_to_tokens(
 def add_by_index(
     rows: Float[Tensor, "row hidden"], *, index: Int[Tensor, " row"], num_sums: int
 ) -> Float[Tensor, "sum hidden"]:
-    """Return `num_sums` sums: of the rows with the same index. Unlike torch's `index_add` it keeps no rows for later."""
+    """Return `num_sums` sums, of the rows with the same index; unlike torch's `index_add`, keep no rows."""
     return _AddByIndex.apply(rows, index, num_sums)
 
 

@@ -83,7 +83,7 @@ class WorkTimes:
         names = [field.name for field in fields(self)]
         return WorkTimes(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
-    def times(self, number: float) -> "WorkTimes":
+    def times(self, number: int) -> "WorkTimes":
         """Return so many times each."""
         return WorkTimes(**{field.name: getattr(self, field.name) * number for field in fields(self)})
 

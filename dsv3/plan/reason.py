@@ -23,7 +23,7 @@ class Line:
 
     section: str
     name: str
-    value: float
+    value: int | float
     unit: str
     """As 'bytes', 'seconds', 'FLOPs', 'USD', or '' for a bare number."""
     source: Source
