@@ -74,7 +74,8 @@ def memory_claims(name: str, *, parallel: dict, size: int, measured: list[dict])
         pairs = []
         for rank in measured:
             place = plan.places[rank["place"]]
-            pairs.append((place.on_device if kind == "all" else getattr(place, kind), rank[kind]))
+            everything = place.on_device + plan.buffers.pipeline  # hidden states that are under way between chunks
+            pairs.append((everything if kind == "all" else getattr(place, kind), rank[kind]))
         planned, found = min(pairs, key=lambda pair: nearness(*pair))
         claims.append(
             Claim(

@@ -113,10 +113,11 @@ def kept_of_tokens(config: PretrainConfig, *, tokens: int, dtype: str = "float32
 
 
 def kept_at_end(config: PretrainConfig, *, dtype: str) -> int:
-    """Return bytes a token of what follows the last layer, MTP aside: the last norm's input and output, and the
-    gradient of the latter. A stage that is not the last has none of it.
+    """Return bytes a token that a stage which is not the last has not: the last norm's output, and its gradient.
+
+    The norm's input is the stage's own output, which stays until it is sent.
     """
-    return _SIZES[dtype].computed * 3 * config.model.hidden_size + _SIZES[dtype].exact
+    return _SIZES[dtype].computed * 2 * config.model.hidden_size + _SIZES[dtype].exact
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -122,7 +122,7 @@ def test_mistakes_are_told(arguments, told):
 
 def test_the_help_is_that_of_the_plan_of_a_run_and_names_other_plans(monkeypatch):
     def register_plan_other(plan_app):
-        plan_app.command("other")(lambda: print("another plan"))  # noqa: T201
+        plan_app.command("other")(lambda: print("another plan"))
 
     monkeypatch.setattr(plan_verb, "BELOW", ("plan_other",))
     monkeypatch.setattr(plan_verb, "find_spec", lambda name: name)

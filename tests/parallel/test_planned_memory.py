@@ -130,4 +130,5 @@ def test_a_rank_holds_what_the_plan_says(size, parallel, recipe, on_ranks):
         # In FP8 the parameters are the masters; their copies are made anew in each step.
         assert rank["weights"] <= place.weights + place.master
         assert rank["moments"] == pytest.approx(place.moments, rel=0.001)
-        assert rank["most"] == pytest.approx(place.on_device, rel=0.10)
+        # Of the buffers, hidden states on their way between stages are there when a part of a chunk is over.
+        assert rank["most"] == pytest.approx(place.on_device + plan.buffers.pipeline, rel=0.10)

@@ -33,7 +33,7 @@ def test_every_other_says_why_it_loses(search):
 
 def test_a_cluster_that_is_too_small_is_refused_with_what_comes_nearest():
     too_small = search_layouts(LITE, gpu=replace(H800, memory_gb=8.0), world=2, imbalance=0.2)
-    with pytest.raises(ConfigError, match="comes nearest: the fullest rank needs .* use more GPUs or larger ones"):
+    with pytest.raises(ConfigError, match=r"comes nearest: the fullest rank needs .* use more GPUs or larger ones"):
         _ = too_small.best
 
 
