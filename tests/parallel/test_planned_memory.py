@@ -113,7 +113,7 @@ CASES = [
     pytest.param(size, parallel, recipe, marks=SLOW if recipe != "original" else marks, id=f"{name}, {recipe}")
     for name, (size, parallel, marks) in LAYOUTS.items()
     for recipe in ("original", "fp8_v3")
-    # Missed: in FP8 the first of four ranks, which has one dense layer and nothing else, holds 21.6 MB; planned are 19.0.
+    # Missed: in FP8 the first of four ranks, with one dense layer alone, holds 21.6 MB; planned are 19.0.
     if (name, recipe) != ("1f1b 4", "fp8_v3")
 ]
 
