@@ -19,7 +19,7 @@ from dsv3.errors import CheckpointError, ConfigError, DataError, EngineError, Tr
 from dsv3.evals import endpoint as asking
 from dsv3.infer.model_folder import find_model
 from dsv3.posttrain import endpoint, teacher
-from dsv3.posttrain.contamination import Exclusions, normalised, rows_of
+from dsv3.data.contamination import Exclusions, normalised, rows_of
 from dsv3.posttrain.distill import distill
 from dsv3.posttrain.distilled_set import with_system
 from dsv3.posttrain.problem import Problem

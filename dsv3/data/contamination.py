@@ -17,7 +17,7 @@ from dsv3.errors import DataError
 WORDS_IN_A_ROW = 13
 """The customary length, since GPT-3."""
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 WHOLE, IN_A_ROW = "whole", "in a row"
 
 
@@ -58,7 +58,7 @@ def normalised(text: str) -> str:
 
 def rows_of(text: str) -> set[int]:
     """Return the hashes of all words in a row."""
-    words = _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+    words = WORD.findall(unicodedata.normalize("NFKC", text).lower())
     return {hash_parts(*words[place : place + WORDS_IN_A_ROW]) for place in range(len(words) - WORDS_IN_A_ROW + 1)}
 
 
