@@ -56,8 +56,8 @@ class QualityConfig:
     """Number signs and ellipses per word (Gopher)."""
     max_bullet_lines: float = 0.9
     max_ellipsis_lines: float = 0.3
-    min_letter_words: float = 0.6
-    """Share of words, numbers and signs standing alone that have a letter (Gopher: 0.8, of words between spaces)."""
+    min_letter_words: float = 0.7
+    """Share of what stands between spaces that has a letter (Gopher: 0.8)."""
     min_stop_words: int = 2
     """English alone: different ones of the, be, to, of, and, that, have, with."""
     max_repeated_lines: float = 0.3

@@ -33,7 +33,7 @@ class Exclusions:
         self._whole: dict[str, set[int]] = {}
         self._rows: dict[str, set[int]] = {}
         for file in files:
-            texts, wholes = _texts_of(file)
+            texts, wholes = texts_of(file)
             self._whole[file] = {hash_parts(same) for text in wholes if (same := normalised(text))}
             self._rows[file] = {row for text in texts for row in rows_of(text)}
             if not self._whole[file]:
@@ -62,7 +62,7 @@ def rows_of(text: str) -> set[int]:
     return {hash_parts(*words[place : place + WORDS_IN_A_ROW]) for place in range(len(words) - WORDS_IN_A_ROW + 1)}
 
 
-def _texts_of(file: str) -> tuple[list[str], list[str]]:
+def texts_of(file: str) -> tuple[list[str], list[str]]:
     """Return what is looked through for words in a row, and what is compared whole."""
     try:
         text = Path(file).read_text(encoding="utf-8")
