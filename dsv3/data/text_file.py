@@ -36,9 +36,7 @@ class Openable(Protocol):
         ...
 
 
-def read_text_file(
-    path: Openable, *, name: str, log: ReadingLog, piece_bytes: int = PIECE_BYTES
-) -> Iterator[Document]:
+def read_text_file(path: Openable, *, name: str, log: ReadingLog, piece_bytes: int = PIECE_BYTES) -> Iterator[Document]:
     """Yield the text of a file, in several documents when it is long. Raises OSError when it cannot be read."""
     with path.open("rb") as file:
         beginning = file.read(PROBE_BYTES)
@@ -82,9 +80,7 @@ def _read_bytes(file: BufferedReader, *, name: str, log: ReadingLog, piece_bytes
         part += 1
 
 
-def _read_wide(
-    path: Openable, *, name: str, encoding: str, log: ReadingLog, piece_bytes: int
-) -> Iterator[Document]:
+def _read_wide(path: Openable, *, name: str, encoding: str, log: ReadingLog, piece_bytes: int) -> Iterator[Document]:
     """Read UTF-16 or UTF-32, which no byte-wise rule applies to."""
     try:
         with TextIOWrapper(path.open("rb"), encoding=encoding, newline="") as file:

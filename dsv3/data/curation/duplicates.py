@@ -149,9 +149,7 @@ class Grouping:
     """First document and size of the largest groups."""
 
 
-def group(
-    near: list[Int[ndarray, "pair 2"]], *, exact: Int[ndarray, "pair 2"], documents: list[int]
-) -> Grouping:
+def group(near: list[Int[ndarray, "pair 2"]], *, exact: Int[ndarray, "pair 2"], documents: list[int]) -> Grouping:
     """Join pairs into groups, and divide what is dropped among the tasks, which have so many documents each."""
     starts = np.cumsum([0, *documents])
     copies = set_of_copies(exact)

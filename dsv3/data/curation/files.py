@@ -118,7 +118,9 @@ def _remote(path: str, *, number: int) -> list[InputFile]:
     except ImportError as error:
         raise DataError(f"cannot read {path}: {error}") from error
     except Exception as error:  # Every store has classes of its own.
-        raise DataError(f"cannot list {path} ({type(error).__name__}: {error}); check the name and your keys") from error
+        raise DataError(
+            f"cannot list {path} ({type(error).__name__}: {error}); check the name and your keys"
+        ) from error
     fixed = re.split(r"[*?\[]", place)[0]
     root = fixed if fixed in listed or fixed == place else fixed.rsplit("/", 1)[0]
     if root in listed:
@@ -147,11 +149,7 @@ def make_plan(config: CurationConfig, *, folder: Path) -> int:
     if (folder / PLAN / "plan.json").is_file():
         return int(json.loads((folder / PLAN / "plan.json").read_text(encoding="utf-8"))["tasks"])
     log = ReadingLog()
-    files = [
-        file
-        for number, source in enumerate(config.inputs)
-        for file in list_files(source, number=number, log=log)
-    ]
+    files = [file for number, source in enumerate(config.inputs) for file in list_files(source, number=number, log=log)]
     parts = divide(files, tasks=config.tasks, task_bytes=config.task_bytes)
     (folder / PLAN).mkdir(parents=True, exist_ok=True)
     for task, part in enumerate(parts):

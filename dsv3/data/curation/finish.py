@@ -116,9 +116,7 @@ def _prepared(name: str, counts: Counter[str], *, config: CurationConfig, output
 def _why(steps: list[StepAccount]) -> str:
     """Say at which step most was dropped, and why."""
     reasons = [
-        (documents, f"{step.name}: {reason}")
-        for step in steps
-        for reason, (documents, _) in step.dropped.items()
+        (documents, f"{step.name}: {reason}") for step in steps for reason, (documents, _) in step.dropped.items()
     ]
     if not reasons:
         return ": the input has no text"

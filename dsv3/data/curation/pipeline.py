@@ -93,7 +93,10 @@ def curate(
         with _environment(thread_environment(workers)):
             for stage in stages(config, folder=output / WORK, tasks=tasks):
                 executor = LocalExecutor(
-                    stage.steps(), tasks=stage.tasks, workers=workers, logging_dir=str(output / WORK / "logs" / stage.name)
+                    stage.steps(),
+                    tasks=stage.tasks,
+                    workers=workers,
+                    logging_dir=str(output / WORK / "logs" / stage.name),
                 )
                 executor.run_and_tell(lambda done, total, name=stage.name: report(name, done, total))  # type: ignore[misc]
         tidy(output)

@@ -7,7 +7,7 @@ import re
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Bool, UInt64
+from jaxtyping import Bool, Int, UInt64
 from numpy import ndarray
 
 from dsv3.config.curation import QualityConfig
@@ -103,13 +103,20 @@ class Judge:
 
     def _repetition(self, text: str, *, words: Words) -> str:
         characters = len(text)
+        rows = words.rows_by_size(10)
         for size, share in zip((2, 3, 4), self.config.max_top_ngram, strict=True):
-            if _top_characters(words, size) > share * characters:
+            top = top_characters(rows[size], size=size, lengths=words.lengths)
+            if top > share * characters:
                 return f"most frequent {size}-gram (Gopher)"
+            if not top:  # Where no pair is there twice, nothing longer is.
+                return ""
+        least = min(self.config.max_repeated_ngram) * characters
         for size, share in zip(range(5, 11), self.config.max_repeated_ngram, strict=True):
-            covered = repeated_words(words.rows(size), size=size, count=len(words))
-            if int(words.lengths[covered].sum()) > share * characters:
+            covered = int(words.lengths[repeated_words(rows[size], size=size, count=len(words))].sum())
+            if covered > share * characters:
                 return f"repeated {size}-grams (Gopher)"
+            if covered <= least:  # What longer ones cover, shorter ones do.
+                return ""
         return ""
 
 
@@ -132,18 +139,19 @@ def _letter_share(text: str) -> float:
     return sum(1 for one in found if LETTER.search(one)) / max(len(found), 1)
 
 
-def _top_characters(words: Words, size: int) -> int:
-    """Return the characters of all occurrences of the most frequent n-gram."""
-    rows = words.rows(size)
+def top_characters(rows: UInt64[ndarray, " row"], *, size: int, lengths: Int[ndarray, " word"]) -> int:
+    """Return the characters of all occurrences of the most frequent n-gram; 0 where none is there twice."""
     if len(rows) < 2:
         return 0
-    _, first, counts = np.unique(rows, return_index=True, return_counts=True)
+    order = np.argsort(rows, kind="stable")
+    ordered = rows[order]
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+    counts = np.diff(np.append(starts, len(rows)))
     most = int(counts.max())
     if most == 1:
         return 0
-    places = first[counts == most]
-    lengths = np.add.reduce([words.lengths[places + offset] for offset in range(size)])
-    return int(lengths.max()) * most
+    places = order[starts[counts == most]]
+    return most * int(sum(lengths[places + offset] for offset in range(size)).max())
 
 
 def repeated_words(rows: UInt64[ndarray, " row"], *, size: int, count: int) -> Bool[ndarray, " word"]:

@@ -35,9 +35,7 @@ class RawDocument:
     provenance: str
 
 
-def read_raw(
-    file: InputFile, *, source: InputConfig, config: ReadingConfig, log: ReadingLog
-) -> Iterator[RawDocument]:
+def read_raw(file: InputFile, *, source: InputConfig, config: ReadingConfig, log: ReadingLog) -> Iterator[RawDocument]:
     """Yield the documents of one file; what cannot be read is counted in `log`, and never raises.
 
     Raises:

@@ -5,7 +5,9 @@ import re
 CONTROLS = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\ufffe\uffff]")
 ESCAPES = re.compile("\x1b\\[[0-9;?]*[A-Za-z]|.\x08")
 """What a terminal obeys: colours, and a letter struck twice to be bold."""
-SUSPECT = re.compile("[\u0080-\u009f]|[\u00c2-\u00f4][\u0080-\u00bf\u0152-\u017e\u2013-\u2122\u20ac]|&(?:[a-z]{2,8}|#\\d{2,5});")
+SUSPECT = re.compile(
+    "[\u0080-\u009f]|[\u00c2-\u00f4][\u0080-\u00bf\u0152-\u017e\u2013-\u2122\u20ac]|&(?:[a-z]{2,8}|#\\d{2,5});"
+)
 """Signs of UTF-8 that was read as Latin-1 or Windows-1252, and of HTML."""
 BLANK_LINES = re.compile("\n{4,}")
 TRAILING = re.compile("[ \t\u3000]+$", re.MULTILINE)
@@ -26,7 +28,11 @@ def repair(text: str, *, is_code: bool) -> str:
         text = _as_meant(text)
     text = CONTROLS.sub("", text)
     if not is_code:
-        text = BLANK_LINES.sub("\n\n\n", TRAILING.sub("", text))
+        if any(f"{space}\n" in text for space in " \t\u3000"):
+            text = TRAILING.sub("", text)
+        if "\n\n\n\n" in text:
+            text = BLANK_LINES.sub("\n\n\n", text)
+        text = text.rstrip()
     return text.strip("\n")
 
 

@@ -60,6 +60,15 @@ class Words:
         """Return a hash of every `count` words in a row; none where there are fewer words."""
         return rows_of_numbers(self.numbers, count)
 
+    def rows_by_size(self, largest: int) -> dict[int, UInt64[ndarray, " row"]]:
+        """Return a hash of every 2 to `largest` words in a row, by their number; equal rows have equal ones, no more."""
+        found, hashed = {}, self.numbers
+        for size in range(2, largest + 1):
+            # Each is made of the one before it.
+            hashed = hashed[:-1] * MULTIPLIER + self.numbers[size - 1 :]
+            found[size] = hashed
+        return found
+
 
 def rows_of_numbers(numbers: UInt64[ndarray, " word"], count: int) -> UInt64[ndarray, " row"]:
     """Return a hash of every `count` numbers in a row: a polynomial modulo 2^64, its bits mixed at the end."""
@@ -78,5 +87,3 @@ def mixed(values: UInt64[ndarray, " value"]) -> UInt64[ndarray, " value"]:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
-
-
