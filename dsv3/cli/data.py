@@ -142,7 +142,7 @@ def _items(data: Path | None, *, files: list[Path], absent: list[str]) -> "Itera
 
 def _locally(config: CurationConfig, *, output: Path, items: "Iterator[EvaluationItem]", workers: int) -> None:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
     from dsv3.data.curation.pipeline import curate
     from dsv3.report.data_card import write_card
@@ -150,7 +150,7 @@ def _locally(config: CurationConfig, *, output: Path, items: "Iterator[Evaluatio
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console) as progress:
-        shown: dict[str, int] = {}
+        shown: dict[str, TaskID] = {}
 
         def told(stage: str, done: int, total: int) -> None:
             if stage not in shown:

@@ -19,6 +19,7 @@ VERBS = (
     "inspect",
     "schedule",
     "prepare",
+    "data",
     "pretrain",
     "extend",
     "sft",

@@ -38,7 +38,7 @@ class LanguageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QualityConfig:
-    """Rules in the manner of Gopher (Rae et al. 2021, table A1), C4 (Raffel et al. 2020) and FineWeb (Penedo et al. 2024).
+    """Rules in the manner of Gopher (Rae et al. 2021, table A1), C4 (Raffel et al. 2020), FineWeb (Penedo et al. 2024).
 
     The report names no rules. Code is held to the rules for code alone, since those for prose drop nearly all of it;
     mathematics is spared those that count symbols and digits.

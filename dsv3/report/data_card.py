@@ -156,7 +156,7 @@ def bars(axes: Axes, shown: Sequence[Bar], *, title: str, colour: str) -> None:
     places = range(len(shown))
     axes.barh(places, [bar.value for bar in shown], color=colour, height=0.7)
     axes.set_yticks(places, [bar.name for bar in shown])
-    axes.invert_yaxis()
+    axes.set_ylim(max(len(shown), 7) - 0.5, -0.5)
     largest = max(bar.value for bar in shown) or 1
     axes.set_xlim(0, largest * 1.15)
     for place, bar in zip(places, shown, strict=True):

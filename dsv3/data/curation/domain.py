@@ -20,12 +20,7 @@ def has_maths(text: str) -> bool:
     """Tell whether a text is full of formulas: one for every 150 characters."""
     seen = text[:20_000]
     wanted = max(MIN_SIGNS, len(seen) * SIGNS_PER_CHARACTER)
-    count = 0
-    for _ in MATHS_SIGNS.finditer(seen):
-        count += 1
-        if count >= wanted:
-            return True
-    return False
+    return any(count >= wanted for count, _ in enumerate(MATHS_SIGNS.finditer(seen), start=1))
 
 
 def domain_of(*, kind: str, language: str, provenance: str, configured: str) -> str:

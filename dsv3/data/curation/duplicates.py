@@ -1,7 +1,7 @@
 """Texts that are the same or nearly so: signatures, pairs by band, groups, and which documents are dropped.
 
-One band more than MinHash has holds a hash of the whole text, so that exact copies take the same way. Of every group the
-first document stays, in the order of the inputs.
+One band more than MinHash has holds a hash of the whole text, so that exact copies take the same way. Of every group
+the first document stays, in the order of the inputs.
 
 Source: Broder 1997 (MinHash); Leskovec et al., 'Mining of Massive Datasets', chapter 3 (bands).
 """

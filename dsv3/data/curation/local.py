@@ -28,7 +28,7 @@ Told = Callable[[int, int], None]
 """Called with the tasks that are done, and how many there are."""
 
 
-class LocalExecutor(LocalPipelineExecutor):
+class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]  # datatrove has no types
     """Runs the tasks of a stage in processes of this machine, or in this one where there is one worker."""
 
     def run(self) -> None:
@@ -37,7 +37,7 @@ class LocalExecutor(LocalPipelineExecutor):
         Raises:
             DataError: a task failed, or its worker is killed again and again.
         """
-        self.run_and_tell(lambda done, total: None)
+        self.run_and_tell(_no_telling)
 
     def run_and_tell(self, told: Told) -> None:
         """Run as `run`, and tell."""
@@ -52,7 +52,7 @@ class LocalExecutor(LocalPipelineExecutor):
         while waiting:
             if attempts == ATTEMPTS:
                 raise DataError(
-                    f"workers were killed {ATTEMPTS} times while tasks {_some(waiting)} of {self.logging_dir.path} ran, "
+                    f"workers were killed {ATTEMPTS} times while tasks {_some(waiting)} ran (logs: {self.logging_dir.path}), "
                     "as the system does when memory is short; use fewer --workers, and run the same command again"
                 )
             before = len(waiting)
@@ -75,6 +75,10 @@ class LocalExecutor(LocalPipelineExecutor):
         finally:
             pool.shutdown(cancel_futures=True)
         return self.get_incomplete_ranks(ranks)
+
+
+def _no_telling(done: int, total: int) -> None:
+    pass
 
 
 def _checked(error: str) -> None:

@@ -1,14 +1,14 @@
 """From raw text to a corpus, stage by stage: each a number of tasks that are done once, in any order, anywhere.
 
-    documents    a task for every stretch of files: read, mend, language, mask, quality, decontaminate, sign
+    documents    a task for every stretch of files: read, mend, tell languages, mask, judge, decontaminate, sign
     pairs        a task for every band of the signatures
     groups       one task: which documents are copies
     tokenizer    one task: copied, or trained
     shards       a task for every stretch of files: drop copies, encode, write
     finish       one task: the data card, held-out texts, the marker
 
-A task leaves files that appear whole and then a mark that it is done, so a preparation that was killed at any moment goes
-on with the same command and ends with the same bytes.
+A task leaves files that appear whole and then a mark that it is done, so a preparation that was killed at any moment
+goes on with the same command and ends with the same bytes.
 """
 
 import json
@@ -23,7 +23,7 @@ from typing import Any
 from dsv3.config.curation import CurationConfig
 from dsv3.config.files import leaves, to_dict
 from dsv3.data.curation.duplicates import bands_of
-from dsv3.data.curation.evaluation_items import EvaluationItem, write_items
+from dsv3.data.curation.evaluation_items import EvaluationItem, write_tables
 from dsv3.data.curation.files import make_plan
 from dsv3.data.prepared import MARKER
 from dsv3.errors import ConfigError, MissingExtraError
@@ -124,7 +124,7 @@ def begin(config: CurationConfig, *, output: Path, items: Iterable[EvaluationIte
         return None
     if not begun.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        write_items(items, folder=folder)
+        write_tables(items, folder=folder, config=config.contamination)
         write_json(to_dict(config), path=begun)
     return make_plan(config, folder=folder)
 

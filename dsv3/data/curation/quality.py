@@ -1,4 +1,4 @@
-"""Why a text is not worth training on: rules in the manner of Gopher, C4 and FineWeb, each for the texts it is meant for.
+"""Why a text is not worth training on: rules like those of Gopher, C4 and FineWeb, each for what it is meant for.
 
 Code is held to rules for code; mathematics is spared those that count signs. All n-gram rules work on numbers of words.
 """

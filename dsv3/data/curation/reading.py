@@ -127,7 +127,7 @@ class _Unpacked:
         opened = self.file.open(mode)
         if not self.name.lower().endswith(".gz") or self.name.lower().endswith((".jsonl.gz", ".ndjson.gz")):
             return opened
-        return BufferedReader(open_lines(opened, name=self.name))  # type: ignore[arg-type]  # has all it asks for
+        return BufferedReader(open_lines(opened, name=self.name))
 
 
 def _read_text(file: _Unpacked, *, name: str, config: ReadingConfig, log: ReadingLog) -> Iterator[Document]:

@@ -17,7 +17,7 @@ from dsv3.data.curation.account import StepAccount, write_account
 from dsv3.data.curation.document_file import KeptDocument, document_file, write_documents
 from dsv3.data.curation.domain import domain_of, has_maths
 from dsv3.data.curation.duplicates import Signer, bands_of, save_signatures
-from dsv3.data.curation.evaluation_items import ItemFinder, read_items
+from dsv3.data.curation.evaluation_items import ItemFinder
 from dsv3.data.curation.files import planned_files
 from dsv3.data.curation.kinds import CODE, MATHS, PROSE, WEB
 from dsv3.data.curation.language import LanguageModel
@@ -31,7 +31,7 @@ from dsv3.data.document import ReadingLog
 Documents = Iterator[Document]
 
 
-class CurationStep(PipelineStep):
+class CurationStep(PipelineStep):  # type: ignore[misc]  # datatrove has no types
     """One step; a subclass says what becomes of a document."""
 
     type = "dsv3"
@@ -119,6 +119,7 @@ class Repair(CurationStep):
     name = "repair"
 
     def judge(self, document: Document) -> str:
+        """Do it to one document."""
         if self.config.reading.repair:
             mended = repair(document.text, is_code=document.metadata["kind"] == CODE)
             if mended != document.text:
@@ -133,9 +134,11 @@ class IdentifyLanguage(CurationStep):
     name = "language"
 
     def begin(self) -> None:
+        """Load it."""
         self._model = LanguageModel()
 
     def judge(self, document: Document) -> str:
+        """Do it to one document."""
         about = document.metadata
         if about["kind"] == CODE:
             about["language"] = ""
@@ -155,6 +158,7 @@ class MaskPersonal(CurationStep):
     name = "mask"
 
     def judge(self, document: Document) -> str:
+        """Do it to one document."""
         text, found = mask(document.text, config=self.config.personal)
         if found:
             document.text = text
@@ -168,10 +172,12 @@ class JudgeQuality(CurationStep):
     name = "quality"
 
     def begin(self) -> None:
+        """Load it."""
         self._judge = Judge(self.config.quality)
         self._counter = WordCounter()
 
     def judge(self, document: Document) -> str:
+        """Do it to one document."""
         about = document.metadata
         enabled = self.config.quality.enabled
         if enabled and about["kind"] == WEB:
@@ -188,10 +194,11 @@ class Decontaminate(CurationStep):
     name = "decontaminate"
 
     def begin(self) -> None:
-        items = read_items(self.folder) if self.config.contamination.enabled else ()
-        self._finder = ItemFinder(items, config=self.config.contamination, counter=WordCounter())
+        """Load it."""
+        self._finder = ItemFinder(self.folder, config=self.config.contamination)
 
     def judge(self, document: Document) -> str:
+        """Do it to one document."""
         if not self._finder:
             return ""
         return self._finder.find(document.text, words=document.metadata["words"])

@@ -32,7 +32,7 @@ class WordCounter:
         self._numbers = _Numbers()
 
     def words(self, text: str) -> "Words":
-        """Return the words of a text, as `contamination` has them: lower case, and each character of unspaced scripts."""
+        """Return the words of a text, as `contamination` has them: in lower case, of some scripts each character."""
         if len(self._numbers) > MAX_TABLE:
             self._numbers.clear()
         folded = text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).lower()
@@ -61,7 +61,7 @@ class Words:
         return rows_of_numbers(self.numbers, count)
 
     def rows_by_size(self, largest: int) -> dict[int, UInt64[ndarray, " row"]]:
-        """Return a hash of every 2 to `largest` words in a row, by their number; equal rows have equal ones, no more."""
+        """Return a hash of every 2 to `largest` words in a row, by their number, not mixed: good to compare alone."""
         found, hashed = {}, self.numbers
         for size in range(2, largest + 1):
             # Each is made of the one before it.
