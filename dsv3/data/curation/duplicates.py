@@ -73,12 +73,10 @@ def bands_of(config: DuplicateConfig) -> int:
 
 
 def save_signatures(signatures: list[UInt32[ndarray, "band row"]], *, folder: Path, task: int, bands: int) -> None:
-    """Write the signatures of a task's documents, a file for each band."""
-    for band in range(bands):
-        place = folder / f"band-{band:02d}"
-        place.mkdir(parents=True, exist_ok=True)
-        rows = [signature[band] for signature in signatures]
-        save_array(np.stack(rows) if rows else np.empty((0, 1), dtype=np.uint32), path=place / f"{task:05d}.npy")
+    """Write the signatures of a task's documents, band after band, so that each lies in one piece."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = np.stack(signatures, axis=1) if signatures else np.empty((bands, 0, 1), dtype=np.uint32)
+    save_array(table, path=folder / f"{task:05d}.npy")
 
 
 def find_pairs(folder: Path, *, band: int, tasks: int) -> Int[ndarray, "pair 2"]:
@@ -86,8 +84,8 @@ def find_pairs(folder: Path, *, band: int, tasks: int) -> Int[ndarray, "pair 2"]
 
     Holds the hashes of one band in memory: 16 bytes a document.
     """
-    files = [load_array(folder / f"band-{band:02d}" / f"{task:05d}.npy") for task in range(tasks)]
-    hashed = np.concatenate([_one_number(file) for file in files])
+    files = (load_array(folder / f"{task:05d}.npy") for task in range(tasks))
+    hashed = np.concatenate([_one_number(file[band]) for file in files])
     order = np.argsort(hashed, kind="stable")  # Stable: documents with one signature stay in their order.
     same = hashed[order[1:]] == hashed[order[:-1]]
     return np.stack([order[:-1][same], order[1:][same]], axis=1)
@@ -149,7 +147,7 @@ class Grouping:
     """First document and size of the largest groups."""
 
 
-def group(near: list[Int[ndarray, "pair 2"]], *, exact: Int[ndarray, "pair 2"], documents: list[int]) -> Grouping:
+def group(near: list[Int[ndarray, "_ 2"]], *, exact: Int[ndarray, "pair 2"], documents: list[int]) -> Grouping:
     """Join pairs into groups, and divide what is dropped among the tasks, which have so many documents each."""
     starts = np.cumsum([0, *documents])
     copies = set_of_copies(exact)

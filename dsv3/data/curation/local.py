@@ -52,7 +52,7 @@ class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]  # datatrove h
         while waiting:
             if attempts == ATTEMPTS:
                 raise DataError(
-                    f"workers were killed {ATTEMPTS} times while tasks {_some(waiting)} ran (logs: {self.logging_dir.path}), "
+                    f"workers were killed {ATTEMPTS} times while tasks {_some(waiting)} ran ({self.logging_dir.path}), "
                     "as the system does when memory is short; use fewer --workers, and run the same command again"
                 )
             before = len(waiting)

@@ -12,7 +12,7 @@ EXAMPLES = re.compile(r"@(?:[\w-]+\.)*(?:example|localhost|invalid|test)(?:\.\w+
 """Domains that nobody owns."""
 # What may not stand before a match is looked at after its first letter: an expression that begins with a letter or a
 # class of them is found ten times as fast as one that begins with a look behind.
-IPV4 = re.compile(r"\d(?<![\w.-]\d)\d{0,2}(?:\.\d{1,3}){3}(?![\w.-]|/\d)")
+IPV4 = re.compile(r"\d(?<![\w.-]\d)\d{0,2}(?:\.\d{1,3}){3}(?![\w-]|\.\d|/\d)")
 IPV6 = re.compile(r"[0-9a-fA-F](?<![\w:.].)[0-9a-fA-F]{0,3}(?::[0-9a-fA-F]{1,4}){7}(?![\w:.])")
 PHONES = (
     re.compile(r"\+(?<![\w.+/-]\+)\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{2,4}(?:[ .-]\d{2,4}){2,4}(?![\w-])"),
@@ -20,7 +20,7 @@ PHONES = (
     re.compile(r"1(?<![\w.+/-]1)[3-9]\d-\d{4}-\d{4}(?![\w-])"),
 )
 """With a country's code, as in America, as in China."""
-CARD = re.compile(r"\d(?<![\w.-]\d)(?:[ -]?\d){12,18}(?![\w.-])")
+CARD = re.compile(r"\d(?<![\w.-]\d)(?:[ -]?\d){12,18}(?![\w-]|\.\d)")
 IBAN = re.compile(r"[A-Z](?<!\w[A-Z])[A-Z]\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?\b")
 SECRET = re.compile(
     r"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----[A-Za-z0-9+/=\s]{64,8000}?-----END (?:[A-Z]+ )?PRIVATE KEY-----"
