@@ -35,7 +35,7 @@ class Bar:
     """One bar of a picture."""
 
     name: str
-    value: float
+    value: int
 
 
 def write_card(output: Path) -> Path:
@@ -108,7 +108,7 @@ def dropped(card: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def draw(card: Mapping[str, Any], *, file: Path) -> None:
     """Draw the six pictures of the card."""
-    with picture(file, width=11, height=9.5) as figure:
+    with picture(file, width=11.0, height=9.5) as figure:
         axes = figure.subplots(3, 2)
         funnel = [
             Bar(name=STEPS[one["name"]], value=one["kept_bytes"]) for one in card["steps"] if one["name"] in STEPS
@@ -133,7 +133,7 @@ def grouped(groups: Mapping[str, Mapping[str, Any]]) -> list[Bar]:
     return most(totals)
 
 
-def most(counts: Mapping[str, float]) -> list[Bar]:
+def most(counts: Mapping[str, int]) -> list[Bar]:
     """Return the largest counts as bars, and the others as one."""
     ordered = sorted(counts.items(), key=lambda one: -one[1])
     shown = [Bar(name=name, value=value) for name, value in ordered[:MAX_BARS]]

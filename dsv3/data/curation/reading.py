@@ -12,7 +12,7 @@ from dsv3.data.curation.files import HUB_FILES, InputFile
 from dsv3.data.curation.kinds import PROSE, READABLE, FileKind, kind_of
 from dsv3.data.document import Document, ReadingLog
 from dsv3.data.hub import HUB, hub_documents
-from dsv3.data.record import open_lines, read_json_lines, read_parquet
+from dsv3.data.record import read_json_lines, read_parquet
 from dsv3.data.sources import BUILTIN, AbsentSourceError, builtin_documents
 from dsv3.data.text_file import decode_text, read_text_file
 from dsv3.data.tokenizer import whole_characters
@@ -125,9 +125,21 @@ class _Unpacked:
 
     def open(self, mode: Literal["rb"]) -> BufferedReader:
         opened = self.file.open(mode)
-        if not self.name.lower().endswith(".gz") or self.name.lower().endswith((".jsonl.gz", ".ndjson.gz")):
-            return opened
-        return BufferedReader(open_lines(opened, name=self.name))
+        lowered = self.name.lower()
+        unpacks_itself = lowered.endswith((".jsonl.gz", ".ndjson.gz", ".warc.gz", ".wet.gz"))
+        return opened if unpacks_itself or not lowered.endswith(".gz") else BufferedReader(_Gzip(opened))
+
+
+class _Gzip(gzip.GzipFile):
+    """What is in a compressed file, which is closed with it."""
+
+    def __init__(self, stored: BufferedReader) -> None:
+        super().__init__(fileobj=stored)
+        self._stored = stored
+
+    def close(self) -> None:
+        super().close()
+        self._stored.close()
 
 
 def _read_text(file: _Unpacked, *, name: str, config: ReadingConfig, log: ReadingLog) -> Iterator[Document]:
