@@ -55,7 +55,9 @@ def main() -> None:
     report(claims, title="Corpus preparation", json_file=options.json, details=details)
 
 
-def prepare(inputs: list[str], *, output: Path, workers: int, items: Path, more: tuple[str, ...] = ()) -> dict[str, Any]:
+def prepare(
+    inputs: list[str], *, output: Path, workers: int, items: Path, more: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Run the command, and return its seconds and the peak memory of its largest process."""
     command = [sys.executable, "-m", "dsv3.cli.main", "data", "prepare"]
     for one in inputs:
@@ -110,7 +112,9 @@ def found(planted: Planted, *, output: Path) -> list[Claim]:
     return [
         claim("exact copies found", len(exact), len(planted.exact), "planted", target=1.0),
         claim("near copies found, share", recall, wanted, theory, target=0.97),
-        claim("documents with an evaluation's item dropped", len(items), len(planted.contaminated), "planted", target=1.0),
+        claim(
+            "documents with an evaluation's item dropped", len(items), len(planted.contaminated), "planted", target=1.0
+        ),
     ]
 
 
@@ -166,8 +170,9 @@ def tokenising(output: Path) -> Claim:
 
     corpus = load_prepared(output)
     texts = [text for source in corpus.sources for text in corpus.held_out(source)]
-    ours, peer = Tokenizer.from_file(output / "tokenizer"), tokenizers.Tokenizer.from_file(
-        str(output / "tokenizer" / "tokenizer.json")
+    ours, peer = (
+        Tokenizer.from_file(output / "tokenizer"),
+        tokenizers.Tokenizer.from_file(str(output / "tokenizer" / "tokenizer.json")),
     )
     spent = {"ours": 1e9, "peer": 1e9}
     for _ in range(5):

@@ -33,8 +33,8 @@ def real_folders(*, quick: bool) -> dict[str, Path]:
     code = Path(sysconfig.get_path("stdlib"))
     if quick:
         return {"json": code / "json", "manuals": manuals / "de"}
-    debian = Path("/usr/lib/python3")
-    folders = {"documents": documents, "manuals": manuals, "debian-python": debian, "python": code}
+    installed = {"debian-python": Path("/usr/lib/python3"), "python": Path("/usr/lib/python3.11")}
+    folders = {"documents": documents, "manuals": manuals, **installed}
     return {name: folder for name, folder in folders.items() if folder.is_dir()}
 
 
@@ -43,7 +43,9 @@ def sentences(chance: random.Random, *, words: list[str], count: int) -> str:
     lines = []
     for _ in range(count):
         some = chance.sample(words, 11)
-        lines.append(f"The {some[0]} {some[1]} of the {some[2]} is to {' '.join(some[3:8])} with that {' '.join(some[8:])}.")
+        lines.append(
+            f"The {some[0]} {some[1]} of the {some[2]} is to {' '.join(some[3:8])} with that {' '.join(some[8:])}."
+        )
     return "\n".join(lines)
 
 
@@ -92,7 +94,9 @@ def write_junk(folder: Path, *, chance: random.Random, megabytes_of_line: int) -
     """Write what no reader should fall over."""
     (folder / "junk.bin").write_bytes(chance.randbytes(2_000_000))
     (folder / "junk.txt").write_bytes(chance.randbytes(2_000_000))
-    (folder / "junk.jsonl").write_bytes(chance.randbytes(100_000) + b'\n{"text": \n[1, 2]\n"text"\n{"text": "\\ud800 half"}\n')
+    (folder / "junk.jsonl").write_bytes(
+        chance.randbytes(100_000) + b'\n{"text": \n[1, 2]\n"text"\n{"text": "\\ud800 half"}\n'
+    )
     (folder / "cut.txt.gz").write_bytes(b"\x1f\x8b\x08\x00" + chance.randbytes(5000))
     (folder / "latin.txt").write_bytes("Der Bär grüßt die Möwe über dem Fluß. ".encode("latin-1") * 60)
     (folder / "wide.txt").write_text("The sea and the land of that time. " * 60, encoding="utf-16")

@@ -19,7 +19,6 @@ VERBS = (
     "inspect",
     "schedule",
     "prepare",
-    "data",
     "pretrain",
     "extend",
     "sft",
@@ -32,6 +31,7 @@ VERBS = (
     "convert",
     "report",
     "serve",
+    "data",
     "eval",
     "bench",
 )

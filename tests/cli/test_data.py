@@ -20,7 +20,7 @@ from dsv3.train.schedule import total_steps
 from dsv3.train.traced import rows_of_step, step_rows
 
 WORDS = "sea moon river stone light walks sleeps sings under far bridge winter letter market garden engine".split()
-SETTINGS = ["duplicates.bands=2", "tokens.vocab_size=320", "tokens.fim_rate=0.1", "tasks=2", "quality.min_words=10"]
+SETTINGS = ["duplicates.bands=2", "tokens.vocab_size=320", "tokens.fim_rate=0.1", "tasks=2", "quality.enabled=false"]
 
 
 def text_of(seed: int) -> str:
@@ -123,9 +123,7 @@ def test_a_mixture_weighs_domains_and_anneals(curated_run, tmp_path):
         annealing_tokens=512,
     )
     config = replace(curated_run, data=replace(curated_run.data, mixture=mixture))
-    loader = RowLoader(
-        prepare_corpus(config, folder=tmp_path / "corpus"), config=config, sequence_length=32, seed=0
-    )
+    loader = RowLoader(prepare_corpus(config, folder=tmp_path / "corpus"), config=config, sequence_length=32, seed=0)
     rows = config.total_tokens // 32
     sources = [loader.locate(row)[0].source for row in range(rows)]
     early = sources[: rows - 16]
@@ -191,7 +189,9 @@ def test_slurm_is_given_stage_after_stage_and_ends_with_the_same_bytes(raw, corp
     monkeypatch.setenv("SLURM_LOG", str(tmp_path / "log"))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     output = tmp_path / "out"
-    assert run(*arguments(raw, output), "--executor", "slurm", "--partition", "cpu") == 0, (tmp_path / "log").read_text()
+    assert run(*arguments(raw, output), "--executor", "slurm", "--partition", "cpu") == 0, (
+        tmp_path / "log"
+    ).read_text()
     assert "documents: 17, pairs: 17" in capsys.readouterr().out
     calls = [line for line in (tmp_path / "log").read_text().splitlines() if "RUN_OFFSET" in line]
     assert ["afterok:17" in line for line in calls] == [False, True, True, True, True, True]

@@ -58,6 +58,7 @@ CODE_ENDINGS = {
 LANGUAGES = {ending: language for language, endings in CODE_ENDINGS.items() for ending in endings.split()}
 LANGUAGES |= {"makefile": "make", "cmakelists.txt": "cmake", "dockerfile": "dockerfile"}
 PROSE_ENDINGS = (".txt", ".text", ".md", ".rst", ".adoc", ".org", ".asc", ".info")
+NAMED_PROSE = ("readme", "copyright", "changelog", "changes", "news", "authors", "license", "todo")
 WEB_ENDINGS = (".html", ".htm", ".xhtml")
 RECORD_ENDINGS = (".jsonl", ".ndjson", ".parquet")
 WARC_ENDINGS = (".warc", ".wet")
@@ -97,6 +98,6 @@ def kind_of(name: str) -> FileKind | None:
         return FileKind(reader="text", kind=CODE, language="roff")
     if ending == ".tex":
         return FileKind(reader="text", kind=MATHS)
-    if ending in PROSE_ENDINGS or lowered in ("readme", "copyright", "changelog", "news", "authors"):
+    if ending in PROSE_ENDINGS or lowered.startswith(NAMED_PROSE):
         return FileKind(reader="text", kind=PROSE)
     return None

@@ -22,6 +22,8 @@ PHONES = (
 """With a country's code, as in America, as in China."""
 CARD = re.compile(r"\d(?<![\w.-]\d)(?:[ -]?\d){12,18}(?![\w-]|\.\d)")
 IBAN = re.compile(r"[A-Z](?<!\w[A-Z])[A-Z]\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?\b")
+SECRET_MARKS = ("AKIA", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "sk-", "xox")
+"""A text without any has no token; looking for these is a hundred times as fast."""
 SECRET = re.compile(
     r"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----[A-Za-z0-9+/=\s]{64,8000}?-----END (?:[A-Z]+ )?PRIVATE KEY-----"
     r"|\bAKIA[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{36}\b|\bsk-[A-Za-z0-9]{32,64}\b|\bxox[abpr]-[A-Za-z0-9-]{20,80}\b"
@@ -31,7 +33,7 @@ SECRET = re.compile(
 def mask(text: str, *, config: PersonalConfig) -> tuple[str, Counter[str]]:
     """Return a text with what is personal replaced by its kind, `<EMAIL>`, and how many of each kind there were."""
     found: Counter[str] = Counter()
-    if config.secrets and ("PRIVATE KEY" in text or any(mark in text for mark in ("AKIA", "gh", "sk-", "xox"))):
+    if config.secrets and ("PRIVATE KEY" in text or any(mark in text for mark in SECRET_MARKS)):
         text = _replace(SECRET, text, kind="SECRET", found=found)
     if config.emails and "@" in text:
         text = _replace(EMAIL, text, kind="EMAIL", found=found, accept=lambda match: not EXAMPLES.search(match))

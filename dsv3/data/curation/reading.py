@@ -156,9 +156,9 @@ def _read_table(file: _Unpacked, *, name: str, config: ReadingConfig, log: Readi
 
 def _read_page(file: _Unpacked, *, name: str, config: ReadingConfig, log: ReadingLog) -> Iterator[Document]:
     with file.open("rb") as opened:
-        page = opened.read(config.max_line_bytes + 1)
-    if len(page) > config.max_line_bytes:
-        log.skip(name, reason=f"page larger than {config.max_line_bytes >> 20} MiB")
+        page = opened.read(config.max_page_bytes + 1)
+    if len(page) > config.max_page_bytes:
+        log.skip(name, reason=f"page larger than {config.max_page_bytes >> 20} MiB")
         return
     yield from page_text(page, name=name, log=log)
 
@@ -176,9 +176,9 @@ def _read_archive(file: _Unpacked, *, name: str, config: ReadingConfig, log: Rea
                 label = f"{name}#{number}"
                 if record.rec_type not in ("response", "conversion"):
                     continue
-                body = record.content_stream().read(config.max_line_bytes + 1)
-                if len(body) > config.max_line_bytes:
-                    log.skip(label, reason=f"record larger than {config.max_line_bytes >> 20} MiB")
+                body = record.content_stream().read(config.max_page_bytes + 1)
+                if len(body) > config.max_page_bytes:
+                    log.skip(label, reason=f"record larger than {config.max_page_bytes >> 20} MiB")
                 elif record.rec_type == "conversion":
                     yield Document(name=label, text=decode_text(body, name=label, log=log))
                 elif _is_page(record):

@@ -32,7 +32,9 @@ def prose(seed: int, *, sentences: int = 12) -> str:
     made = []
     for _ in range(sentences):
         words = chance.sample(WORDS, 9)
-        made.append(f"The {words[0]} of the {words[1]} is to {' and '.join(words[2:5])} with that {' '.join(words[5:])}.")
+        made.append(
+            f"The {words[0]} of the {words[1]} is to {' and '.join(words[2:5])} with that {' '.join(words[5:])}."
+        )
     return "\n".join(made)
 
 
@@ -165,9 +167,7 @@ def test_documents_with_an_evaluation_item_are_dropped(raw, tmp_path):
 
 def test_made_up_text_comes_in_with_its_provenance(tmp_path):
     file = tmp_path / "distilled.jsonl"
-    lines = [
-        {"messages": [{"role": "user", "content": prose(n)}], "provenance": {"teacher": "r1"}} for n in range(30)
-    ]
+    lines = [{"messages": [{"role": "user", "content": prose(n)}], "provenance": {"teacher": "r1"}} for n in range(30)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     output = curate(config_of(file), output=tmp_path / "out")
     assert [source.domain for source in load_prepared(output).sources] == ["synthetic"]

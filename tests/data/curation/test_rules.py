@@ -38,12 +38,18 @@ def test_good_prose_is_kept():
     ("reason", "text"),
     [
         ("too few words (Gopher)", "Too short."),
-        ("no stop words (Gopher)", "monday tuesday wednesday thursday friday saturday sunday january february march " * 3),
+        (
+            "no stop words (Gopher)",
+            "monday tuesday wednesday thursday friday saturday sunday january february march " * 3,
+        ),
         ("number signs and ellipses (Gopher)", GOOD.replace(" ", " #", 20)),
         ("bullets (Gopher)", "\n".join(f"- the plan of {word} with that" for word in GOOD.split()[:12])),
         ("lines that end in an ellipsis (Gopher)", "\n".join(f"{line}..." for line in GOOD.split(". "))),
         ("repeated lines (Gopher)", GOOD + "\nread more of the text" * 4),
-        ("mean length of words (Gopher)", "the of and " + "abcdefghijklmnopqrstuvwxyz" * 20 + " internationalisation" * 20),
+        (
+            "mean length of words (Gopher)",
+            "the of and " + "abcdefghijklmnopqrstuvwxyz" * 20 + " internationalisation" * 20,
+        ),
         ("words without a letter (Gopher)", GOOD + " 12 34 56 78 90" * 10),
         ("forbidden phrase (C4)", GOOD + " Lorem ipsum dolor."),
         ("most frequent 2-gram (Gopher)", GOOD + " " + " ".join(f"wonderful holidays {w}" for w in "abcdefghijk")),
@@ -163,7 +169,9 @@ def test_check_digits_are_the_published_ones():
 
 
 ITEMS = [
-    EvaluationItem(set="long", text="Which of these seven rivers flows through the middle of the old town of Prague today?"),
+    EvaluationItem(
+        set="long", text="Which of these seven rivers flows through the middle of the old town of Prague today?"
+    ),
     EvaluationItem(set="middle", text="Who wrote the first book about the red planet?"),
     EvaluationItem(set="short", text="Where do black swans live?"),
     EvaluationItem(set="tiny", text="Is it so?"),
