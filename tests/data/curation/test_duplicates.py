@@ -26,7 +26,7 @@ def test_the_probability_of_a_find_is_the_published_one():
 
 
 def test_two_texts_are_found_as_often_as_the_theory_says():
-    """200 pairs with a third to nearly all of their shingles in common; the share of each decides how likely its find is."""
+    """Pairs with a third to nearly all of their shingles in common, each found as likely as its share makes it."""
     config = DuplicateConfig(bands=10, rows=4, shingle_words=1)
     signer, counter, chance = Signer(config), WordCounter(), random.Random(0)
     found = expected = variance = 0.0

@@ -11,7 +11,6 @@ from datatrove.pipeline.base import PipelineStep
 from dsv3.data.curation.local import LocalExecutor
 from dsv3.errors import DataError
 
-
 DYING = """
 import os, signal
 from pathlib import Path
@@ -70,6 +69,6 @@ def test_a_task_that_kills_every_worker_ends_in_one_clear_line(tmp_path, die_onc
 
 def test_a_mistake_of_the_person_is_no_traceback(tmp_path, capfd):
     executor = LocalExecutor([Refuse()], tasks=1, workers=1, logging_dir=str(tmp_path / "logs"))
-    with pytest.raises(DataError, match="^no such thing; give another$"):
+    with pytest.raises(DataError, match=r"^no such thing; give another$"):
         executor.run()
     assert capfd.readouterr().err == ""

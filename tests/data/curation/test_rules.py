@@ -65,7 +65,10 @@ def test_repeated_passages_are_found():
 
 
 def test_rules_for_web_pages_hold_for_web_pages_alone():
-    menu = "\n".join(f"{word} of the page" for word in "home news sport culture travel weather that with about".split())
+    menu = "\n".join(
+        f"{word} of the page"
+        for word in ["home", "news", "sport", "culture", "travel", "weather", "that", "with", "about"]
+    )
     assert judged(menu, min_words=5, kind="web") == "lines without a mark at their end (FineWeb)"
     assert judged(menu, min_words=5, max_top_ngram=(1.0, 1.0, 1.0), max_repeated_ngram=(1.0,) * 6) == ""
 
