@@ -280,14 +280,16 @@ def test_sigkill_at_random_in_every_stage_leaves_no_trace(tmp_path):
     raw = write_corpus(tmp_path / "raw", documents=400)
     command = [sys.executable, "-m", "dsv3.cli.main", "data", "prepare", "--input", f"raw={raw}", "--workers", "2"]
     command += ["--set", "tasks=12", "--set", "tokens.vocab_size=400", "--output"]
+    started = time.perf_counter()
     subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    seconds = time.perf_counter() - started
     chance = random.Random(0)
     for _attempt in range(60):
         process = subprocess.Popen(
             [*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         try:
-            process.wait(timeout=chance.uniform(2.5, 9))
+            process.wait(timeout=chance.uniform(0.2, 0.8) * seconds)
             break
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
