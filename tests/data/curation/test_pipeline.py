@@ -90,11 +90,11 @@ def config_of(*folders: Path, **more: object) -> CurationConfig:
 
 
 def files_of(output: Path) -> dict[str, bytes]:
-    """Everything that a resumed preparation must leave alike: not its logs, nor how long each step took."""
+    """Everything that a resumed preparation must leave alike: not its logs, its times, nor the page with its name."""
     found = {}
     for path in sorted(output.rglob("*")):
         name = path.relative_to(output).as_posix()
-        if path.is_file() and not name.startswith(("work/logs", ".lock")):
+        if path.is_file() and not name.startswith(("work/logs", ".lock", "data_card.html")):
             content = path.read_bytes()
             if name.startswith("work/accounts") and name.endswith(".json"):
                 values = json.loads(content)
