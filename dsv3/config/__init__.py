@@ -1,7 +1,7 @@
 """Every setting, as frozen keyword-only dataclasses with units and sources. Imports no torch."""
 
 from dsv3.config.balance import BalanceConfig
-from dsv3.config.data import DataConfig, SourceConfig
+from dsv3.config.data import DataConfig, MixtureConfig, ShareConfig, SourceConfig
 from dsv3.config.engine import EngineConfig
 from dsv3.config.model import ModelConfig, YarnConfig
 from dsv3.config.parallel import ParallelConfig
@@ -26,6 +26,7 @@ __all__ = [
     "EvaluationConfig",
     "HealthConfig",
     "LearningRateConfig",
+    "MixtureConfig",
     "ModelConfig",
     "MtpLossConfig",
     "OptimConfig",
@@ -35,6 +36,7 @@ __all__ = [
     "RecomputeConfig",
     "RuntimeConfig",
     "ServerConfig",
+    "ShareConfig",
     "SnapshotConfig",
     "SourceConfig",
     "YarnConfig",
