@@ -130,8 +130,11 @@ class _Flow:
     allowed: tuple[tuple[int, ...], ...]
     tokens: list[int]
     loads: list[int] = field(init=False)
+    homes: tuple[tuple[tuple[int, int], ...], ...] = field(init=False)
+    """Allowed slots of each expert, each with its device."""
 
     def __post_init__(self) -> None:
+        self.homes = tuple(tuple((slot, self.placement.device_of(slot)) for slot in slots) for slots in self.allowed)
         self.loads = device_tokens(self.tokens, placement=self.placement)
 
     def lower(self) -> int:
@@ -157,8 +160,7 @@ class _Flow:
             for slot in range(first, first + self.placement.slots_per_device):
                 if not self.tokens[slot]:
                     continue
-                for target in self.allowed[self.placement.slots[slot]]:
-                    there = self.placement.device_of(target)
+                for target, there in self.homes[self.placement.slots[slot]]:
                     if there not in came:
                         came[there] = slot, target
                         ahead.append(there)

@@ -31,7 +31,7 @@ class Placement:
         if set(self.slots) != set(range(self.num_experts)):
             raise ConfigError(f"slots hold experts {sorted(set(self.slots))}, not each of {self.num_experts}")
 
-    @property
+    @cached_property
     def slots_per_device(self) -> int:
         """Experts that a device holds, copies included."""
         return len(self.slots) // self.num_devices

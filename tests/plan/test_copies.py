@@ -102,10 +102,10 @@ def test_with_few_active_experts_no_choice_is_better_either(step, most):
 def test_the_reports_sixteen_hosted_of_which_nine_are_active_are_chosen_evenly():
     """Report 3.4.1: hosted 16, active 9, and every device has what an even share is."""
     load = [1000 // (1 + (expert * 97) % 256) + 1 for expert in range(256)]
-    placement = place_experts(load, num_slots=16 * 32, num_devices=32)
+    placement = place_experts(load, num_slots=16 * 48, num_devices=48)
     counts = [number * (50 + (expert * 31) % 101) // 100 for expert, number in enumerate(load)]
     share = best_active(counts, placement=placement, most_active=9)
-    assert share.largest == share.least_possible == -(-sum(counts) // 32)
+    assert share.largest == share.least_possible == -(-sum(counts) // 48)
 
 
 def test_tokens_go_to_the_least_loaded_copy():
