@@ -3,9 +3,23 @@
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 from dsv3.errors import ConfigError
 from dsv3.plan.pipeline import Action, Kind, Schedule, Step
+
+
+class Costs(Protocol):
+    """What a step of a rank takes."""
+
+    @property
+    def send(self) -> float:
+        """From the end of a chunk to when another rank can use what it made."""
+        ...
+
+    def of(self, step: Step) -> float:
+        """Return the time of a step."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +108,7 @@ class Timeline:
         return tuple(peaks)
 
 
-def simulate(schedule: Schedule, *, costs: ChunkCosts) -> Timeline:
+def simulate(schedule: Schedule, *, costs: Costs) -> Timeline:
     """Run a schedule: every step begins when its rank is free and what it needs is there.
 
     Raises:
