@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -57,8 +57,8 @@ class RanksRunner(TorchRunner):
             ConfigError: experts and their copies do not divide over the ranks, or weights are in FP8.
         """
         placement = first_placement(model.config, num_ranks=group.size(), redundant=config.redundant_experts)
-        blocks = [layer for layer in model.layers if isinstance(layer, MoeBlock)]
-        blocks += [module.block for module in model.mtp]
+        layers = [*model.layers, *(module.block for module in model.mtp)]
+        blocks = [layer for layer in layers if isinstance(layer, MoeBlock)]
         for block in blocks:
             _keep_only(block.mlp.experts, experts=placement.experts_of(group.rank()))
         super().__init__(model)
@@ -67,7 +67,7 @@ class RanksRunner(TorchRunner):
         self._channel = Channel(group=group)
         self._settings = config
         self._main = len(model.mtp)
-        self._blocks: list[MoeBlock] = blocks
+        self._blocks = blocks
         self._slots = [LayerSlots(choice=SlotChoice(placement=placement, rank=group.rank())) for _ in blocks]
         self._nothing = _no_tokens(model, block=blocks[0])
         self._balancer = Balancer(
@@ -173,7 +173,8 @@ class RanksRunner(TorchRunner):
         """Run MTP module `depth`, together with the other ranks."""
         with self._together():
             turn = self._wait_for(depth, tokens=batch.num_tokens)
-            works, begin = [], 0
+            works: list[Generator[Part, None, Any]] = []
+            begin = 0
             for piece, dispatch in self._pieces(turn, batch, pages=pages):
                 if piece is None:
                     works.append(self._serving(turn, dispatch))

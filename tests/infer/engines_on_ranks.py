@@ -1,6 +1,7 @@
 """What one rank does in the tests of ranks that share experts: an engine of its own, and steps together."""
 
 from dataclasses import replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -13,18 +14,19 @@ from dsv3.model.transformer import Transformer
 from .test_engine import engine_of, mixed_requests, model_of, tokens_of
 
 
-def new_runner(settings):
+def new_runner(settings, *, group=None):
     """Return a runner over a model of its own, for a rank lets go of experts."""
     known = model_of(1, dtype=torch.float64)
     model = Transformer(known.config)
     model.load_state_dict({name: value.clone() for name, value in known.state_dict().items()}, assign=True)
     model.requires_grad_(False)
-    return RanksRunner(model, group=dist.group.WORLD, config=ExpertRanksConfig(**settings))
+    return RanksRunner(model, group=group or dist.group.WORLD, config=ExpertRanksConfig(**settings))
 
 
 def answer_all(*, scenarios):
     """Return what `answer` returns for each of them, one after the other."""
-    return {name: answer(**scenario) for name, scenario in scenarios.items()}
+    results = {name: answer(**scenario) for name, scenario in scenarios.items()}
+    return results | {"told": stand_still()}
 
 
 def answer(*, shares, settings, engine, rounds_between=0, times=1):
@@ -72,15 +74,18 @@ def wrong_weights(runner):
     ]
 
 
-def leave():
-    """Rank 1 ends in the middle of its work; return what rank 0 is told."""
-    runner = new_runner({})
+def stand_still():
+    """Rank 1 stops in the middle of its work; return what rank 0 is told."""
+    group = dist.new_group(timeout=timedelta(seconds=1))
+    runner = new_runner({}, group=group)
     engine = engine_of(runner)
     engine.add(mixed_requests(1)[0])
     runner.wake(1)
+    told = ""
     try:
         while dist.get_rank() == 0 or runner.num_rounds < 3:
             step_together(engine, runner=runner)
     except RankLostError as error:
-        return str(error)
-    return ""
+        told = str(error)
+    dist.barrier()
+    return told

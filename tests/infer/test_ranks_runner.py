@@ -10,12 +10,10 @@ from dsv3.errors import ConfigError
 from dsv3.infer.ranks_runner import first_placement, halves
 from dsv3.infer.runner import TorchRunner
 
-from ..parallel.conftest import end, launch, on_ranks, results_of, start_ranks
+from ..parallel.conftest import end, launch, results_of
 from .conftest import TINY
-from .engines_on_ranks import answer_all, leave
+from .engines_on_ranks import answer_all
 from .test_engine import answers, engine_of, mixed_requests, model_of
-
-__all__ = ["on_ranks", "start_ranks"]
 
 EVEN, ONE_SIDED = (range(4), range(4, 8)), (range(8), range(0))
 SCENARIOS = {
@@ -88,9 +86,10 @@ def test_experts_move_while_answers_are_made(ran):
     assert sum(one.load_after for one in stats) == pytest.approx(2), "of fair shares"
 
 
-def test_a_rank_that_ends_is_noticed_by_the_others(on_ranks):
-    (told, _) = on_ranks(leave, size=2)
-    assert "a rank that shares experts with this one has gone" in told or "shares experts broke" in told
+def test_a_rank_that_stands_still_is_noticed_by_the_others(ran):
+    told = [one["told"] for one in ran]
+    assert "a rank that shares experts with this one has gone" in told[0] or "shares experts broke" in told[0]
+    assert not told[1]
 
 
 def test_experts_that_do_not_divide_are_refused_with_a_number_that_would():
