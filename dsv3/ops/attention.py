@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.bias import causal_lower_right
 
 from dsv3 import native
 from dsv3.ops import on_gpu
@@ -176,6 +175,9 @@ def _batched_rows(query: Tensor, key: Tensor, value: Tensor, *, num_rows: int, s
     if len(query) == len(key):
         output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     else:
+        # Imported here, for it brings torch's compiler along: half the time that a process needs to begin.
+        from torch.nn.attention.bias import causal_lower_right
+
         seen = causal_lower_right(q.shape[2], k.shape[2])
         output = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
     return output.transpose(1, 2).flatten(0, 1)

@@ -60,7 +60,7 @@ class Application:
         self.engine = engine
         self.tokenizer = tokenizer
         self.bos_id = bos_id
-        self.metrics = Metrics()
+        self.metrics = Metrics(engine)
         self.name = config.served_name
         self.created = int(time.time())
         self._eos_id = eos_id
@@ -229,7 +229,6 @@ def build_app(shared: Application) -> FastAPI:
     @app.get("/metrics")
     async def metrics() -> Response:
         """Tell all counts, for Prometheus."""
-        shared.metrics.stats = shared.engine.stats
         return Response(shared.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/", include_in_schema=False)

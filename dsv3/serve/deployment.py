@@ -23,7 +23,7 @@ from dsv3.infer.pages import Key, page_keys
 from dsv3.infer.request import EngineStats, FinishReason, TokenEvent
 from dsv3.runtime.device import available_cores
 from dsv3.runtime.log import get_logger
-from dsv3.serve.engine_client import GONE, STOPPING
+from dsv3.serve.engine_client import GONE, STOPPING, Member, Transfers
 from dsv3.serve.fleet import WATCH_SECONDS, Fleet, Kind, Slot
 from dsv3.serve.inboxes import Inbox, Inboxes
 from dsv3.serve.messages import (
@@ -84,30 +84,6 @@ class Task:
     def num_tokens(self) -> int:
         """Tokens that there are to be read."""
         return len(self.ask.prompt_ids) + len(self.tokens)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Member:
-    """A worker, for those who watch."""
-
-    name: str
-    kind: str
-    is_up: bool
-    num_restarts: int
-    num_requests: int
-    stats: EngineStats
-
-
-@dataclass(kw_only=True)
-class Transfers:
-    """Counts of the router's own work."""
-
-    num_retries: int = 0
-    """Requests that were placed again."""
-    num_handed_over: int = 0
-    num_bytes: int = 0
-    seconds: float = 0.0
-    """From the first token to the decoder having all pages, summed."""
 
 
 class Deployment:

@@ -2,7 +2,8 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from dsv3.config import ServerConfig
 from dsv3.errors import EngineError
@@ -15,6 +16,31 @@ GONE = "the engine has ended; the server stops"
 STOPPING = "the server stops, and has no more time for this answer"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One of several workers, for those who watch."""
+
+    name: str
+    kind: str
+    is_up: bool
+    num_restarts: int
+    num_requests: int
+    stats: EngineStats
+
+
+@dataclass(kw_only=True)
+class Transfers:
+    """Counts of what goes from worker to worker."""
+
+    num_retries: int = 0
+    """Requests that were placed again."""
+    num_handed_over: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
+    """From the first token until the decoder has all pages, summed."""
+
+
+@runtime_checkable
 class EngineClient(Protocol):
     """What answers requests: one engine, or several that share the work."""
 
@@ -29,6 +55,16 @@ class EngineClient(Protocol):
     @property
     def stats(self) -> EngineStats:
         """Counts, as of the newest step."""
+        ...
+
+    @property
+    def members(self) -> list[Member]:
+        """The workers that share the work; none where there is one engine."""
+        ...
+
+    @property
+    def transfers(self) -> Transfers:
+        """Counts of what goes from worker to worker."""
         ...
 
     @property
@@ -85,6 +121,8 @@ class OneEngine:
     def __init__(self, config: ServerConfig) -> None:
         self.is_stopping = False
         self.on_death: Callable[[], None] = lambda: None
+        self.members: list[Member] = []
+        self.transfers = Transfers()
         self._inboxes = Inboxes()
         self._checks: list[asyncio.Future[str]] = []
         self._worker = Worker(

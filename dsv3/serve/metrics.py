@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from dsv3.infer.request import EngineStats
+from dsv3.serve.engine_client import EngineClient
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
@@ -15,11 +15,10 @@ TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 class Metrics:
     """Counts of one server."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: EngineClient) -> None:
         self._registry = CollectorRegistry()
-        self.stats = EngineStats()
-        """The engine's own counts, as of its newest step."""
-        self._registry.register(_OfEngine(self))
+        self._registry.register(_OfEngine(engine))
+        self._registry.register(_OfWorkers(engine))
         self.responses = Counter(
             "dsv3_http_responses", "Answers by path and status.", ["path", "status"], registry=self._registry
         )
@@ -48,11 +47,12 @@ class Metrics:
 
 
 class _OfEngine(Collector):
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
+    def __init__(self, engine: EngineClient) -> None:
+        self._engine = engine
 
     def collect(self) -> Iterable[Metric]:
-        stats = self._metrics.stats
+        """Tell the engine's own counts, as of its newest step."""
+        stats = self._engine.stats
         gauges = {
             "num_requests_waiting": (stats.num_waiting, "Requests that wait for their turn."),
             "num_requests_running": (stats.num_running, "Requests in the engine's steps."),
@@ -85,3 +85,41 @@ class _OfEngine(Collector):
         for reason, value in stats.finished.items():
             finished.add_metric([reason], value)
         yield finished
+
+
+class _OfWorkers(Collector):
+    """Nothing where one engine does everything."""
+
+    def __init__(self, engine: EngineClient) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterable[Metric]:
+        """Tell what each worker has and does, and what goes between them."""
+        members, transfers = self._engine.members, self._engine.transfers
+        if not members:
+            return
+        gauges: dict[str, tuple[list[float], str]] = {
+            "worker_up": ([member.is_up for member in members], "1 where the worker takes requests."),
+            "worker_requests": ([member.num_requests for member in members], "Requests it has or is about to get."),
+            "worker_cache_pages": ([member.stats.num_pages for member in members], "Pages of its latent cache."),
+            "worker_cache_pages_in_use": ([member.stats.num_pages_in_use for member in members], "Those in use."),
+        }
+        counters: dict[str, tuple[list[float], str]] = {
+            "worker_restarts": ([member.num_restarts for member in members], "Times it was started again."),
+            "worker_steps": ([member.stats.num_steps for member in members], "Its steps."),
+            "worker_step_seconds": ([member.stats.step_seconds for member in members], "Time its steps took."),
+            "worker_read_tokens": ([member.stats.num_read_tokens for member in members], "Tokens its steps read."),
+        }
+        for family, table in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
+            for name, (values, text) in table.items():
+                metric = family(f"dsv3_{name}", text, labels=["worker", "kind"])
+                for member, value in zip(members, values, strict=True):
+                    metric.add_metric([member.name, member.kind], value)
+                yield metric
+        for name, value, text in (
+            ("handovers", transfers.num_handed_over, "Requests that went from prefill to decoding."),
+            ("handover_bytes", transfers.num_bytes, "Bytes of latent cache that went with them."),
+            ("handover_seconds", transfers.seconds, "From first tokens until all pages were there, summed."),
+            ("retries", transfers.num_retries, "Requests that were placed again, with the tokens told by then."),
+        ):
+            yield CounterMetricFamily(f"dsv3_{name}", text, value=value)

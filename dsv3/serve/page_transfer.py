@@ -7,7 +7,7 @@ is under way is never more than what its cache holds.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import msgspec
 import numpy as np
@@ -56,6 +56,7 @@ class Parcel:
     tensor: Tensor
 
 
+@runtime_checkable
 class Transport(Protocol):
     """Moves parcels between processes. Those to one receiver arrive in order, or, if the line breaks, not at all."""
 
@@ -109,8 +110,12 @@ class SocketTransport:
                 envelope = _decode(frames[0].buffer)
                 if envelope.secret != self._secret or len(frames) != 2:
                     continue
-                octets = np.frombuffer(frames[1].buffer, dtype=np.uint8).copy()
-                tensor = torch.from_numpy(octets).view(_TYPES[envelope.dtype]).view(envelope.shape)
+                tensor = torch.empty(envelope.shape, dtype=_TYPES[envelope.dtype])
+                if tensor.nbytes != len(frames[1]):
+                    continue
+                if tensor.nbytes:
+                    octets = tensor.view(-1).view(torch.uint8).numpy()
+                    octets[:] = np.frombuffer(frames[1].buffer, dtype=np.uint8)
             except (msgspec.MsgspecError, KeyError, RuntimeError):
                 continue
             parcels.append(Parcel(note=envelope.note, tensor=tensor))

@@ -139,7 +139,9 @@ def _greeting(config: ServerConfig, *, engine: EngineClient, port: int) -> str:
     host = f"[{config.host}]" if ":" in config.host else config.host
     drafts = f"up to {ready.drafts} drafts" if ready.drafts else "no drafts"
     tokens = ready.num_pages * ready.page_tokens
+    workers = f"{config.prefill_workers} prefill and {config.decode_workers} decode workers; "
     return (
-        f"http://{host}:{port} serves {config.served_name} (weights {ready.weights}; {drafts}; cache of {tokens:,} "
-        f"tokens in {ready.num_pages:,} pages); the chat page is at /, Ctrl-C stops"
+        f"http://{host}:{port} serves {config.served_name} ({workers if config.prefill_workers else ''}"
+        f"weights {ready.weights}; {drafts}; cache of {tokens:,} tokens in {ready.num_pages:,} pages); "
+        "the chat page is at /, Ctrl-C stops"
     )

@@ -188,6 +188,7 @@ def test_changed_settings_on_a_finished_run_are_refused_by_name(finished, texts,
         quickstart(run=finished, data=[str(texts)], assignments=[*SMALL, change])
 
 
+@pytest.mark.slow
 def test_a_quickstart_stopped_by_ctrl_c_in_training_goes_on_to_the_same_model(finished, texts, tmp_path, monkeypatch):
     folder = tmp_path / "stopped"
     taken = Progress.train

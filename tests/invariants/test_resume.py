@@ -168,6 +168,7 @@ def test_on_two_threads_too(config: PretrainConfig, tmp_path: Path):
     require_same(tmp_path / "alone", tmp_path / "stopped")
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_equals_one_left_alone(config: PretrainConfig, tmp_path: Path):
     pretrain(config, folder=tmp_path / "alone")
     settings = tmp_path / "settings.json"

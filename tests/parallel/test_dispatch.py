@@ -84,7 +84,7 @@ def named(pair):
     ("size", "per_node", "hotspot"),
     [
         (2, 0, False),
-        (4, 0, True),
+        pytest.param(4, 0, True, marks=pytest.mark.slow),
         (4, 2, False),
         pytest.param(8, 4, True, marks=pytest.mark.slow),
         pytest.param(4, 2, True, marks=pytest.mark.slow),

@@ -1,6 +1,7 @@
 """Prefill and decoding apart: answers are those of one engine, whatever ends while they are made."""
 
 import asyncio
+import json
 import os
 import random
 import signal
@@ -8,6 +9,7 @@ import threading
 import time
 from dataclasses import replace
 
+import httpx
 import pytest
 
 from dsv3.config import EngineConfig, ServerConfig
@@ -111,8 +113,8 @@ class Live:
 
 @pytest.fixture(scope="module")
 def live(tiny_folder):
-    """Two workers of each kind."""
-    live = Live(config_of(tiny_folder, prefill_workers=2, decode_workers=2, worker_timeout_seconds=4.0))
+    """One worker that reads, and two that go on."""
+    live = Live(config_of(tiny_folder, decode_workers=2, worker_timeout_seconds=4.0))
     yield live
     live.close()
 
@@ -147,8 +149,8 @@ def test_answers_are_those_of_one_engine_and_each_prompt_is_read_once(live, expe
         await all_right(deployment, todo, [deployment.ask(ask) for ask in todo], expected=expected)
         assert (deployment.transfers.num_handed_over, deployment.transfers.num_retries) == (12, 0)
         assert deployment.stats.finished == {"max_tokens": 12}
-        readers, decoders = deployment.members[:2], deployment.members[2:]
-        assert sum(one.stats.num_prompt_tokens for one in readers) == sum(len(ask.prompt_ids) for ask in todo)
+        reader, *decoders = deployment.members
+        assert reader.stats.num_prompt_tokens == sum(len(ask.prompt_ids) for ask in todo)
         assert all(one.stats.num_generated_tokens > 0 for one in decoders), "one has all of them"
         # A token a step; what was read besides, such as a prompt, would show.
         read, drawn = (
@@ -159,7 +161,7 @@ def test_answers_are_those_of_one_engine_and_each_prompt_is_read_once(live, expe
     live.use(use)
 
 
-@pytest.mark.parametrize("name", ["decode-0", "prefill-1"])
+@pytest.mark.parametrize("name", ["decode-0", pytest.param("prefill-0", marks=pytest.mark.slow)])
 def test_what_a_worker_had_goes_on_elsewhere_when_it_is_killed(live, expected, name):
     async def use(deployment):
         todo = list(asks(16, max_tokens=100))
@@ -182,6 +184,7 @@ def test_what_a_worker_had_goes_on_elsewhere_when_it_is_killed(live, expected, n
     live.use(use)
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_ended_and_its_requests_go_on(live, expected):
     async def use(deployment):
         todo = list(asks(12, max_tokens=100))
@@ -244,6 +247,7 @@ def test_a_line_that_does_not_carry_is_given_up_in_time_and_said_so(live, monkey
     live.use(use)
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_loaded_is_told_once_and_leaves_no_process(tmp_path):
     async def use():
         deployment = Deployment(config_of(tmp_path / "nothing"))
@@ -260,3 +264,32 @@ def test_a_model_that_cannot_be_loaded_is_told_once_and_leaves_no_process(tmp_pa
 def test_one_kind_of_worker_alone_is_refused():
     with pytest.raises(ConfigError, match="2 prefill workers and 0 decode workers"):
         ServerConfig(model="m", prefill_workers=2)
+
+
+def test_a_server_with_both_kinds_answers_as_the_library_and_survives_its_workers(start_server, tiny_folder):
+    server = start_server("--prefill", "1", "--decode", "1", "--page-tokens", "4").wait(120)
+    assert "1 prefill and 1 decode workers" in server.text()
+    library = load(tiny_folder, device="cpu")
+    ask = {"prompt": "In the beginning", "max_tokens": 12, "temperature": 0}
+    answer = httpx.post(f"{server.url}/v1/completions", json=ask, timeout=60).json()
+    assert answer["choices"][0]["text"] == library.generate("In the beginning", max_tokens=12, temperature=0.0)
+    assert server.metric("dsv3_handovers_total") == 1
+    assert server.metric('dsv3_worker_up{kind="decode",worker="decode-0"}') == 1
+
+    long = ask | {"max_tokens": 450, "ignore_eos": True, "stream": True, "temperature": 1.0, "seed": 3}
+    whole = "".join(
+        library.stream("In the beginning", max_tokens=450, ignore_end=True, seed=3, temperature=1.0, top_p=1.0)
+    )
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=long, timeout=120) as stream:
+        pieces = []
+        for line in stream.iter_lines():
+            if line.startswith("data: {"):
+                pieces.append(json.loads(line.removeprefix("data: "))["choices"][0]["text"])
+            if len(pieces) == 3:
+                for pid in server.engine_process():
+                    os.kill(pid, signal.SIGKILL)
+    assert "".join(pieces) == whole
+    assert server.metric("dsv3_retries_total") >= 1
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    server.signal(signal.SIGTERM)
+    assert server.ended() == 0
