@@ -84,6 +84,11 @@ class RanksRunner(TorchRunner):
     # ---- in step with the others ----
 
     @property
+    def num_ranks(self) -> int:
+        """Ranks that share the experts."""
+        return self._group.size()
+
+    @property
     def is_awake(self) -> bool:
         """Whether other ranks may need this one."""
         return not self._is_settled

@@ -118,13 +118,13 @@ class Balancer:
         counts = torch.stack([layer.counts for layer in self._layers])
         dist.all_reduce(counts, group=self._group)
         rows = torch.tensor([layer.num_rows for layer in self._layers])
-        everyone = rows.new_empty(self._group.size() * len(rows))
-        dist.all_gather_into_tensor(everyone, rows, group=self._group)
+        everyone = rows.new_empty(self._group.size(), len(rows))
+        dist.all_gather(list(everyone), rows, group=self._group)
         for layer in self._layers:
             layer.counts.zero_()
             layer.num_rows = 0
         self._stats.num_rows += int(rows.sum())
-        self._stats.balance = _balance(everyone.view(self._group.size(), -1).t().double().tolist())
+        self._stats.balance = _balance(everyone.t().double().tolist())
         if self._group.rank() == 0:
             now = time.monotonic()
             self._load.add(counts.tolist(), passed=now - self._looked)

@@ -76,14 +76,14 @@ def meet(wish: Wish, *, group: dist.ProcessGroup) -> Round:
         RankLostError: one of them does not answer.
     """
     mine = torch.tensor([wish.kind, wish.tokens, wish.woken, wish.order, wish.is_busy])
-    said = torch.empty(group.size() * len(mine), dtype=mine.dtype)
+    said = torch.empty(group.size(), len(mine), dtype=mine.dtype)
     try:
-        dist.all_gather_into_tensor(said, mine, group=group)
+        dist.all_gather(list(said), mine, group=group)
     except RuntimeError as error:
         raise RankLostError(f"a rank that shares experts with this one has gone: {error}") from error
     return Round(
         wishes=tuple(
             Wish(kind=kind, tokens=tokens, woken=woken, order=order, is_busy=bool(is_busy))
-            for kind, tokens, woken, order, is_busy in said.view(group.size(), -1).tolist()
+            for kind, tokens, woken, order, is_busy in said.tolist()
         )
     )
