@@ -306,7 +306,8 @@ class Deployment:
 
     def _take(self, slot: Slot, message: FromEngine) -> None:
         if isinstance(message, Progress):
-            slot.pace.take(message.stats)
+            if slot.group.is_one_alone:  # others go in step, and are as fast as each other
+                slot.pace.take(message.stats)
             for event in message.events:
                 self._take_event(slot, event)
             return

@@ -74,9 +74,14 @@ class Group:
     """Where its ranks find each other; none for one alone."""
     num_woken: int = 0
 
+    @property
+    def is_one_alone(self) -> bool:
+        """Whether there is nobody to be in step with."""
+        return len(self.slots) == 1
+
     def wake(self) -> None:
         """Tell all ranks that one of them has work, or will have."""
-        if len(self.slots) > 1:
+        if not self.is_one_alone:
             self.num_woken += 1
             for slot in self.slots:
                 slot.send(Wake(self.num_woken))
@@ -191,7 +196,7 @@ class Fleet:
 
     async def _start_group(self, group: Group) -> None:
         """Start all workers of a group, and return when they have the model; if one has not, end the others."""
-        if len(group.slots) > 1:
+        if not group.is_one_alone:
             if group.folder is not None:
                 group.folder.cleanup()
             group.folder = tempfile.TemporaryDirectory(prefix="dsv3-ranks-")
