@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TypedDict, Unpack
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from dsv3.checkpoint.names import published_layout
 from dsv3.checkpoint.published import assemble, load_published
 from dsv3.checkpoint.snapshot import read_snapshot
 from dsv3.checkpoint.writer import FP8
-from dsv3.config import EngineConfig, ExpertRanksConfig, ModelConfig
+from dsv3.config import EngineConfig, ModelConfig
 from dsv3.config.files import read_config
 from dsv3.data.chat_template import render_chat
 from dsv3.data.tokenizer import Tokenizer
@@ -26,7 +25,6 @@ from dsv3.infer.packed_loading import load_packed
 from dsv3.infer.packed_model import PackedModel, pack_from_state
 from dsv3.infer.packed_runner import PackedRunner
 from dsv3.infer.packed_weights import FORMATS
-from dsv3.infer.ranks_runner import RanksRunner
 from dsv3.infer.runner import Runner, TorchRunner
 from dsv3.infer.sampler import SamplingParams
 from dsv3.infer.stream import TokenStreams
@@ -121,16 +119,6 @@ class LoadedModel:
         """The engine that all answers come from."""
         config = EngineConfig(page_tokens=PAGE_TOKENS, max_sequences=MOST_SEQUENCES, max_drafts=self._drafts)
         return TokenStreams(self.new_engine(config, cache_tokens=self._cache_tokens))
-
-    def share_experts(self, group: dist.ProcessGroup, *, config: ExpertRanksConfig) -> RanksRunner:
-        """Let go of the experts that are on other ranks of a group; engines made after this go in step with theirs.
-
-        Raises:
-            ConfigError: experts do not divide over the ranks; or this was not loaded as `plain`, or in FP8.
-        """
-        runner = RanksRunner(self.model, group=group, config=config)
-        self.runner = runner
-        return runner
 
     def new_engine(self, config: EngineConfig, *, cache_tokens: int | None) -> Engine:
         """Return an engine over this model, with `num_pages` for so many tokens, or for as many as memory allows.

@@ -193,7 +193,8 @@ class EngineService:
         """
         engine, ranks = self._config.engine, self._config.expert_ranks
         fixed = engine.max_sequences * (1 + engine.max_drafts) if decodes else 0
-        self._ranks = self._loaded.share_experts(group, config=replace(ranks, fixed_step_tokens=fixed))
+        self._ranks = RanksRunner(self._loaded.model, group=group, config=replace(ranks, fixed_step_tokens=fixed))
+        self._loaded.runner = self._ranks
 
     def begin(self) -> None:
         """Make the engine."""

@@ -47,6 +47,7 @@ def live(tiny_folder):
     live.close()
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_one_engine(live, expected):
     async def use(deployment):
         assert "experts over 2 ranks" in deployment.ready.weights
@@ -58,6 +59,7 @@ def test_answers_are_those_of_one_engine(live, expected):
     live.use(use)
 
 
+@pytest.mark.slow
 def test_a_rank_without_requests_wakes_for_those_of_another_and_sleeps_again(live, expected):
     async def use(deployment):
         for ask in list(asks(3)):
@@ -66,6 +68,7 @@ def test_a_rank_without_requests_wakes_for_those_of_another_and_sleeps_again(liv
     live.use(use)
 
 
+@pytest.mark.slow
 def test_what_experts_do_is_told(live):
     async def use(deployment):
         stats = [member.stats.experts for member in deployment.members if member.kind == "decode"]
@@ -77,6 +80,7 @@ def test_what_experts_do_is_told(live):
     live.use(use)
 
 
+@pytest.mark.slow
 def test_when_one_rank_is_killed_all_begin_anew_and_what_they_had_goes_on(live, expected):
     async def use(deployment):
         todo = list(asks(8, max_tokens=40))
