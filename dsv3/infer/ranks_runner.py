@@ -4,7 +4,7 @@ Attention is data-parallel, experts are expert-parallel (report 3.4): every rank
 and in each layer its tokens travel to where their experts are. Shared experts are on every rank, and compute while rows
 travel home. No token is dropped, and one row goes to a rank for all of a token's experts there.
 
-Two halves of a long pass are run by turns: attention and dispatch of one while the other's rows travel, then experts
+Two halves of a long pass may be run by turns: attention and dispatch of one while the other's rows travel, then experts
 and combine (report 3.4.1). Short passes use the exchange that is made for latency (`FixedDispatch`).
 """
 
@@ -226,7 +226,8 @@ class RanksRunner(TorchRunner):
                     turn.most_tokens,
                     most,
                 )
-            parts = 2 if turn.most_tokens >= self._settings.overlap_step_tokens else 1
+            overlap = self._settings.overlap_step_tokens
+            parts = 2 if 0 < overlap <= turn.most_tokens else 1
             through = [
                 AllToAllDispatch(hops=(Hop(channel=self._channel, experts_per_rank=size),)) for _ in range(parts)
             ]
