@@ -29,7 +29,9 @@ class Hardware:
     """Where the numbers come from."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "bf16_tflops", "memory_gb", "memory_gb_s", "node_gb_s", "network_gb_s", "ranks_per_node")
+        require_positive(
+            self, "bf16_tflops", "memory_gb", "memory_gb_s", "node_gb_s", "network_gb_s", "ranks_per_node"
+        )
         require_not_negative(self, "fp8_tflops")
 
     def link(self, *, within_node: bool) -> str:

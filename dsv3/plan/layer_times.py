@@ -224,11 +224,15 @@ def _rates() -> _Rates:
     again = 2.0 * _up_projections(model) * TRACE_TOKENS
     scores = expanded_attention_flops_per_token(model, mean_context=TRACE_TOKENS // 2) / model.num_hidden_layers
     scores *= TRACE_TOKENS
-    mlp = 2.0 * (model.num_experts_per_tok * counts.expert + counts.shared_experts + counts.router) * TRACE_TOKENS
+    mlp = 2.0 * (
+        model.num_experts_per_tok * counts.expert + counts.shared_experts + counts.router
+    ) * TRACE_TOKENS
     return _Rates(
         projections=rate,
         scores=scores / (whole * TRACE.attention_forward - projections / rate),
-        scores_backward=BACKWARD_SCORES * scores / (whole * TRACE.attention_backward - (projections + again) / rate),
+        scores_backward=BACKWARD_SCORES
+        * scores
+        / (whole * TRACE.attention_backward - (projections + again) / rate),
         mlp_forward=mlp / (whole * TRACE.mlp_forward),
         mlp_backward=mlp / (whole * TRACE.mlp_backward),
         mlp_weight=mlp / (whole * TRACE.mlp_weight),
