@@ -275,6 +275,7 @@ class Scripted:
     config = replace(TINY, num_nextn_predict_layers=1)
     num_mtp_modules = 1
     bytes_per_token = 1
+    device = torch.device("cpu")
 
     def __init__(self, *, right=True, rows=None):
         self.right = right
@@ -293,6 +294,11 @@ class Scripted:
     def predict_ahead(self, state, *, depth, batch, pages):
         assert torch.equal(state[:, 0].abs().long(), batch.positions)  # the state of the very position
         return States(hidden=-1.0 - batch.positions[:, None].float(), handed_on=-1.0 * state.abs() - 1.0)
+
+    def read_pages(self, pages):
+        raise AssertionError("nothing is handed over here")
+
+    write_pages = read_pages
 
     def logits(self, hidden):
         logits = torch.zeros(len(hidden), self.config.vocab_size)
