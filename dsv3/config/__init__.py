@@ -3,6 +3,7 @@
 from dsv3.config.balance import BalanceConfig
 from dsv3.config.data import DataConfig, MixtureConfig, ShareConfig, SourceConfig
 from dsv3.config.engine import EngineConfig
+from dsv3.config.expert_ranks import ExpertRanksConfig
 from dsv3.config.model import ModelConfig, YarnConfig
 from dsv3.config.parallel import ParallelConfig
 from dsv3.config.precision import PrecisionConfig
@@ -24,6 +25,7 @@ __all__ = [
     "DataConfig",
     "EngineConfig",
     "EvaluationConfig",
+    "ExpertRanksConfig",
     "HealthConfig",
     "LearningRateConfig",
     "MixtureConfig",

@@ -248,6 +248,7 @@ class Deployment:
         assert task.decoder.worker is not None
         address = task.decoder.worker.ready.address
         task.reader.send(self._ask(task, hand_to=HandTo(address, task.first_page)))
+        task.reader.group.wake()
 
     def _has_read(self, task: Task, event: TokenEvent) -> None:
         """Tell the first token of an attempt, and what the decoder has said by then."""
@@ -307,10 +308,14 @@ class Deployment:
 
     def _take(self, slot: Slot, message: FromEngine) -> None:
         if isinstance(message, Progress):
-            slot.pace.take(message.stats)
+            if slot.group.is_one_alone:  # others go in step, and are as fast as each other
+                slot.pace.take(message.stats)
             for event in message.events:
                 self._take_event(slot, event)
-        elif isinstance(message, Checked):
+            return
+        if isinstance(message, Adopted):
+            slot.group.wake()  # whoever has asked may have left, but the worker has work
+        if isinstance(message, Checked):
             assert slot.worker is not None
             self._checks[slot.worker].pop(0).set_result(message.fault)
         elif isinstance(message, Refused | Room | Adopted | Lost) and (task := self._tasks.get(message.id)):
