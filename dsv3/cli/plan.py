@@ -28,7 +28,7 @@ from dsv3.train.schedule import batch_stretches
 
 OF_A_RUN = "run"
 """Name of the verb that plans a training run; it is left out on the command line."""
-BELOW = ("plan_serve",)
+BELOW = ("plan_serve", "plan_experts")
 """Files of this folder with a function `register_NAME(plan_app)` that adds a verb below `dsv3 plan`."""
 
 
