@@ -4,9 +4,9 @@ The published day of production, simulated by `dsv3 plan serve`, beside the publ
 plan comes, 1 being the same. Two numbers of the plan are fitted, one of them to this day (docs/deployment.md).
 
 Experts: a small model with 64 experts a layer is trained on English, Chinese and Python, and reads some of each that
-it was not trained on. The largest load of 8 devices beside the mean, with experts in order and placed by load with 0,
-12.5% and 25% copies; the ratio is how much less the busiest device has to do. English and Chinese come from the folder
-of real data; without it, experts are left out.
+it was not trained on. Experts are placed for a first part of that and meet a second one. The largest load of 8 devices
+beside the mean, with experts in order and placed with 0, 12.5% and 25% copies; the ratio is how much less the busiest
+device has to do. English and Chinese come from the folder of real data; without it, experts are left out.
 """
 
 import gzip
@@ -23,7 +23,7 @@ from plan import nearness
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 CHARACTERS = 400_000
-"""Of each kind of text, trained on; a tenth as much is read afterwards."""
+"""Of each kind of text, trained on; then a tenth as much is read, and another tenth that experts are not placed for."""
 NAMES = {
     "nodes_mean": ("nodes, mean", 226.75),
     "input_tokens_per_second_of_a_prefill_node": ("input tokens a second of a prefill node", 73_700),
@@ -65,24 +65,27 @@ def published_day() -> tuple[list[Claim], float]:
 
 def trained_experts(*, tokens: int, picture: Path | None) -> tuple[list[Claim], list[dict]]:
     with tempfile.TemporaryDirectory() as root:
-        run, read = Path(root) / "run", []
-        train = []
+        run = Path(root) / "run"
+        files: dict[str, list[Path]] = {"train": [], "known": [], "met": []}
         for name, text in texts().items():
-            for part, piece in (("train", text[:CHARACTERS]), ("read", text[CHARACTERS : CHARACTERS * 11 // 10])):
-                file = Path(root) / part / f"{name}.txt"
-                file.parent.mkdir(exist_ok=True)
-                file.write_text(piece)
-                (train if part == "train" else read).append(file)
+            parts = {"train": text[:CHARACTERS]}
+            for number, part in enumerate(("known", "met")):
+                parts[part] = text[CHARACTERS * (10 + number) // 10 : CHARACTERS * (11 + number) // 10]
+            for part, piece in parts.items():
+                files[part].append(Path(root) / part / f"{name}.txt")
+                files[part][-1].parent.mkdir(exist_ok=True)
+                files[part][-1].write_text(piece)
         experts = ("model.n_routed_experts=64", "model.num_experts_per_tok=6", "model.moe_intermediate_size=32")
         sizes = [word for setting in (*experts, f"total_tokens={tokens}") for word in ("--set", setting)]
-        dsv3("pretrain", "tiny", "--run", run, *sizes, "--data", *train)
-        domains = Path(root) / "domains.json"
-        domains.write_text(
-            dsv3("eval", "domains", run, "--answers", "0", "--json", *(w for one in read for w in ("--data", one)))
-        )
+        dsv3("pretrain", "tiny", "--run", run, *sizes, "--data", *files["train"])
+        for part in ("known", "met"):
+            data = [word for file in files[part] for word in ("--data", file)]
+            loads = dsv3("eval", "domains", run, "--answers", "0", "--json", *data)
+            (Path(root) / f"{part}.json").write_text(loads)
+        table = ("plan", "experts", Path(root) / "met.json", "--known", Path(root) / "known.json", "--devices", "8")
         drawn = () if picture is None else ("--picture", picture)
-        found = json.loads(dsv3("plan", "experts", domains, "--devices", "8", "--json", *drawn))["balances"]
-        print(dsv3("plan", "experts", domains, "--devices", "8"))
+        found = json.loads(dsv3(*table, "--json", *drawn))["balances"]
+        print(dsv3(*table))
     return [
         Claim(
             name=f"largest of 8 devices over the mean, {one['traffic']} alone, {one['copies']} copies of 64 experts",

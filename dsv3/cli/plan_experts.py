@@ -27,6 +27,12 @@ def experts(
         Path | None,
         typer.Argument(metavar="[FILE]", help="What `dsv3 eval domains --json` printed; drawn loads when left out."),
     ] = None,
+    known: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The same kinds of text recorded before: experts are placed for these loads."
+        ),
+    ] = None,
     devices: Annotated[int, typer.Option(min=1, help="Devices that share the experts of a layer.")] = 32,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of these; whole groups of experts stay on one.")] = 1,
     groups: Annotated[int, typer.Option(min=1, help="Groups of node-limited routing.")] = 1,
@@ -43,20 +49,24 @@ def experts(
     """Show the largest load of a device beside the mean: experts in order, and placed by load with copies.
 
     A table for traffic that experts were placed for, and one for each kind of it where they were placed for all
-    together: what placing them anew is worth when traffic turns.
+    together: what placing them anew is worth when traffic turns. Without --known they are placed for the very loads
+    that they meet, which is the best that could be.
     """
     loads = (
         _read(file) if file else {DRAWN: drawn_loads(num_experts=num_experts, num_layers=layers, skew=skew, seed=seed)}
     )
     where = Devices(num_devices=devices, num_nodes=nodes, num_groups=groups)
+    if known and not file:
+        raise ConfigError(f"--known {known} says what experts were placed for; give what they meet, too: FILE")
+    placed_for = _read(known) if known else loads
     held = len(next(iter(loads.values()))[0])
     # Shares that come to the same slots are one.
     shares = tuple({slots_for(held, share=one, num_devices=devices): one for one in redundant or REDUNDANCY}.values())
-    found = balances(loads, devices=where, redundancy=shares)
+    found = balances(loads, devices=where, redundancy=shares, known=placed_for)
     if picture is not None:
         from dsv3.report.expert_balance import draw_balance
 
-        draw_balance(found, loads=loads, devices=where, redundancy=shares, file=picture)
+        draw_balance(found, loads=loads, known=placed_for, devices=where, redundancy=shares, file=picture)
     if as_json:
         rows = [asdict(balance) | {"mean": balance.mean, "worst": balance.worst} for balance in found]
         typer.echo(json.dumps({"devices": asdict(where), "redundancy": shares, "balances": rows}))

@@ -44,23 +44,38 @@ class Balance:
         return max(self.layers)
 
 
-def balances(loads: Mapping[str, Layers], *, devices: Devices, redundancy: Sequence[float]) -> tuple[Balance, ...]:
+def balances(
+    loads: Mapping[str, Layers],
+    *,
+    devices: Devices,
+    redundancy: Sequence[float],
+    known: Mapping[str, Layers] | None = None,
+) -> tuple[Balance, ...]:
     """Return the balance of each kind of traffic: in order, placed for it with each redundancy, and placed for all.
 
     `redundancy` is copies as a share of the experts; copies fill up the devices' slots, so there may be some more. For
     one kind of traffic alone the last is left out, being the same.
 
+    Experts are placed for the loads in `known`, the same kinds of traffic recorded before; without it for the loads
+    that they then meet, which is the best that could be and never had while serving.
+
     Source: report 3.4; the table is ours.
     Raises:
         ConfigError: kinds of traffic with other layers or experts, a share below 0, or what `place_experts` refuses.
     """
-    _require_alike(loads)
+    before = loads if known is None else known
+    if set(before) != set(loads):
+        raise ConfigError(
+            f"experts are to be placed for {', '.join(sorted(before))} and meet {', '.join(sorted(loads))}; "
+            "record the same kinds of traffic both times"
+        )
+    _require_alike({**loads, **{f"{name}, before": layers for name, layers in before.items()}})
     found = []
-    everything = _sum(loads)
+    everything = _sum(before)
     for name, layers in loads.items():
         found.append(_of(name, layers, placed_for=None, copies=0, each=[in_order(x, devices=devices) for x in layers]))
         for share in redundancy:
-            found.append(_placed(name, layers, for_name=name, for_layers=layers, devices=devices, share=share))
+            found.append(_placed(name, layers, for_name=name, for_layers=before[name], devices=devices, share=share))
         if len(loads) > 1:
             for share in redundancy:
                 found.append(_placed(name, layers, for_name="all", for_layers=everything, devices=devices, share=share))

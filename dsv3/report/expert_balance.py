@@ -13,11 +13,13 @@ def draw_balance(
     found: Sequence[Balance],
     *,
     loads: Mapping[str, Layers],
+    known: Mapping[str, Layers],
     devices: Devices,
     redundancy: Sequence[float],
     file: Path,
 ) -> None:
-    """Write a PNG: left what `balances` found, right each device of the layer that is worst in order.
+    """Write a PNG: left what `balances` found, right each device of the layer that is worst in order, met as placed
+    for `known`.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -26,8 +28,8 @@ def draw_balance(
         over, each = figure.subplots(1, 2)
         places = range(1 + len(redundancy))
         for colour, name in zip(COLOURS * len(loads), loads, strict=False):
-            before, *placed = [one for one in found if one.traffic == name]
-            own = [before, *placed[: len(redundancy)]]
+            unplaced, *placed = [one for one in found if one.traffic == name]
+            own = [unplaced, *placed[: len(redundancy)]]
             over.plot(places, [one.mean for one in own], color=colour, marker="o", label=name)
             together = placed[len(redundancy) :]
             if together:
@@ -42,7 +44,7 @@ def draw_balance(
         mean = sum(load) / devices.num_devices
         each.plot(_falling(in_order(load, devices=devices), mean), color="black", label="in order")
         for colour, share in zip(COLOURS * len(redundancy), redundancy, strict=False):
-            placed_loads = device_loads(load, placed_for=load, devices=devices, share=share)
+            placed_loads = device_loads(load, placed_for=known[worst.traffic][layer], devices=devices, share=share)
             each.plot(_falling(placed_loads, mean), color=colour, label=f"{share:.1%} copies")
         each.set_ylim(bottom=0)
         each.set_xlabel("device, the busiest first")

@@ -43,6 +43,14 @@ def test_json_has_every_layer(capsys, recorded):
     assert all(len(one["layers"]) == 2 for one in found["balances"])
 
 
+def test_loads_known_before_are_what_experts_are_placed_for(capsys, recorded, tmp_path):
+    code, out, _ = run(capsys, recorded, "--known", recorded, "--devices", 2, "--picture", tmp_path / "balance.png")
+    assert code == 0
+    assert out == run(capsys, recorded, "--devices", 2)[1]
+    code, _, error = run(capsys, "--known", recorded)
+    assert (code, error.count("\n")) == (2, 1)
+
+
 def test_drawn_loads_are_named_an_assumption(capsys):
     code, out, _ = run(capsys, "--layers", 2)
     assert code == 0

@@ -33,6 +33,14 @@ def test_traffic_that_turns_meets_a_placement_made_for_all():
     assert found[2].mean == pytest.approx(9 / 5.5)  # of both together, 6 and 5 lie beside 6 and 5
 
 
+def test_experts_placed_for_what_was_recorded_before_meet_what_comes():
+    met, before = [5.0, 4.0, 1.0, 1.0], [1.0, 1.0, 5.0, 4.0]
+    _, placed = balances({"code": [met]}, devices=TWO, redundancy=(0.0,), known={"code": [before]})
+    assert placed.layers == (pytest.approx(6 / 5.5),)  # 5 and 1, as 1 and 4 lay beside 1 and 5
+    with pytest.raises(ConfigError, match="the same kinds of traffic"):
+        balances({"code": [met]}, devices=TWO, redundancy=(0.0,), known={"prose": [before]})
+
+
 def test_copies_fill_the_devices():
     assert slots_for(256, share=0.125, num_devices=144) == 288
     assert slots_for(256, share=0.0, num_devices=144) == 288
