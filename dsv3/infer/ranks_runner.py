@@ -97,14 +97,16 @@ class RanksRunner(TorchRunner):
         """Take part until all ranks want nothing and have been woken with the same number."""
         self._woken, self._is_settled = number, False
 
-    def join(self) -> None:
+    def join(self, *, has_work: bool = False) -> None:
         """Take part in one pass without tokens, if others want any.
+
+        Nobody goes to sleep while a rank `has_work`, such as requests that wait for pages.
 
         Raises:
             RankLostError: one of them has gone.
         """
         with self._together():
-            turn = self._meet(NOTHING, tokens=0)
+            turn = self._meet(NOTHING, tokens=0, has_work=has_work)
             if turn.kind != NOTHING:
                 self._serve(turn)
 
@@ -118,14 +120,14 @@ class RanksRunner(TorchRunner):
             self._serve(turn)
         return turn
 
-    def _meet(self, kind: int, *, tokens: int) -> Round:
+    def _meet(self, kind: int, *, tokens: int, has_work: bool = True) -> Round:
         self._balancer.end_moves()
         wish = Wish(
             kind=kind,
             tokens=tokens,
             woken=self._woken,
             order=self._balancer.order(),
-            is_busy=self._balancer.is_moving,
+            is_busy=has_work or self._balancer.is_moving,
         )
         turn = meet(wish, group=self._group)
         self._balancer.obey(turn.order)
@@ -275,7 +277,7 @@ def step_together(engine: Engine, *, runner: RanksRunner) -> list[TokenEvent]:
     rounds = runner.num_rounds
     events = engine.step() if engine.has_work else []
     if runner.num_rounds == rounds and runner.is_awake:
-        runner.join()
+        runner.join(has_work=engine.has_work)
     return events
 
 

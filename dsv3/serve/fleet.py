@@ -70,8 +70,6 @@ class Group:
     """Slots whose workers begin and end together: those that share experts, or one alone."""
 
     slots: list[Slot] = field(default_factory=list)
-    folder: tempfile.TemporaryDirectory[str] | None = None
-    """Where its ranks find each other; none for one alone."""
     num_woken: int = 0
 
     @property
@@ -86,12 +84,12 @@ class Group:
             for slot in self.slots:
                 slot.send(Wake(self.num_woken))
 
-    def place_of(self, slot: Slot) -> RankPlace | None:
-        """Return what a worker is told of the others."""
-        if self.folder is None:
+    def place_of(self, slot: Slot, *, folder: str) -> RankPlace | None:
+        """Return what a worker is told of the others, whom it finds by a folder."""
+        if self.is_one_alone:
             return None
         return RankPlace(
-            folder=self.folder.name,
+            folder=folder,
             rank=self.slots.index(slot),
             size=len(self.slots),
             decodes=slot.kind is Kind.DECODE,
@@ -165,9 +163,6 @@ class Fleet:
         if self._beside:
             await asyncio.wait(self._beside)
         await asyncio.gather(*(worker.stop() for worker in self.workers))
-        for group in self._groups:
-            if group.folder is not None:
-                group.folder.cleanup()
 
     def end_silent(self, *, after_seconds: float) -> None:
         """End workers that have said nothing for so long; idle ones say so every second."""
@@ -196,28 +191,15 @@ class Fleet:
 
     async def _start_group(self, group: Group) -> None:
         """Start all workers of a group, and return when they have the model; if one has not, end the others."""
-        if not group.is_one_alone:
-            if group.folder is not None:
-                group.folder.cleanup()
-            group.folder = tempfile.TemporaryDirectory(prefix="dsv3-ranks-")
-            group.num_woken = 0
-        workers = []
-        for slot in group.slots:
-            settings = msgspec.structs.replace(self._settings, place=group.place_of(slot))
-            slot.worker = Worker(settings, name=slot.name, on_message=self._take, on_end=self._lose)
-            workers.append(slot.worker)
-        starts = [asyncio.ensure_future(worker.start()) for worker in workers]
-        try:
-            done, _ = await asyncio.wait(starts, return_when=asyncio.FIRST_EXCEPTION)
-            errors = [error for start in done if (error := start.exception()) is not None]
-            if errors:
-                raise errors[0]
-        except BaseException:
-            for worker in workers:
-                worker.abandon()
-            await asyncio.gather(*starts, return_exceptions=True)
-            await asyncio.gather(*(worker.stop() for worker in workers))
-            raise
+        group.num_woken = 0
+        # Of no more use once they have found each other: nothing is left behind whatever ends this process.
+        with tempfile.TemporaryDirectory(prefix="dsv3-ranks-") as folder:
+            workers = []
+            for slot in group.slots:
+                settings = msgspec.structs.replace(self._settings, place=group.place_of(slot, folder=folder))
+                slot.worker = Worker(settings, name=slot.name, on_message=self._take, on_end=self._lose)
+                workers.append(slot.worker)
+            await start_together(workers)
 
     def _take(self, worker: Worker, message: FromEngine) -> None:
         if slot := self._slot_of.get(worker):
@@ -229,10 +211,16 @@ class Fleet:
             self._slot_of[slot.worker] = slot
             slot.started = time.monotonic()
             slot.pace, slot.prefixes = Pace(), KnownPrefixes(most=slot.worker.ready.num_pages)
+        ended = [slot.worker for slot in group.slots if slot.worker is not None and not slot.worker.is_alive]
+        if ended:
+            self._lose(ended[0])
+            return
         for slot in group.slots:
             self._on_ready(slot)
 
     def _lose(self, worker: Worker) -> None:
+        if worker not in self._slot_of:  # It was ready, and others are not yet: `_welcome` will see.
+            return
         group = self._slot_of[worker].group
         ended: list[tuple[Slot, Worker]] = []
         for slot in group.slots:
@@ -276,3 +264,23 @@ class Fleet:
         log.error("%s is given up after %d starts that did not last", names, failed)
         if not self.is_alive:
             self._on_death()
+
+
+async def start_together(workers: list[Worker]) -> None:
+    """Start workers, and return when all have the model; if one cannot load it, end the others.
+
+    Raises:
+        ConfigError: it cannot be loaded; the message is the engine's.
+    """
+    starts = [asyncio.ensure_future(worker.start()) for worker in workers]
+    try:
+        done, _ = await asyncio.wait(starts, return_when=asyncio.FIRST_EXCEPTION)
+        errors = [error for start in done if (error := start.exception()) is not None]
+        if errors:
+            raise errors[0]
+    except BaseException:
+        for worker in workers:
+            worker.abandon()
+        await asyncio.gather(*starts, return_exceptions=True)
+        await asyncio.gather(*(worker.stop() for worker in workers))
+        raise
