@@ -1,7 +1,8 @@
 """One rank: python -m distributed_ranks.rank WORK FOLDER SIZE RANK; prints one line of JSON.
 
 WORK is a JSON object: "work" is 'train' (time training steps), 'wire' (count what dispatch and combine of one layer of
-the published width move) or 'weave' (time steps of a pipeline under a network made slow); "parallel" has settings of
+the published width move), 'weave' (time steps of a pipeline under a network made slow) or
+'memory' (count what a rank holds); "parallel" has settings of
 `ParallelConfig`, "latency" seconds that every message takes more, "trace" a file for what ranks did when.
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from distributed_ranks.memory import held_bytes
 from training_peers.ours import same_work
 from training_peers.sizes import SIZES
 
@@ -48,7 +50,8 @@ def main() -> None:
             world_size=int(size),
             timeout=timedelta(seconds=300),
         )
-    found = {"train": seconds_of_steps, "wire": moved, "weave": seconds_of_woven_steps}[work.pop("work")](**work)
+    works = {"train": seconds_of_steps, "wire": moved, "weave": seconds_of_woven_steps, "memory": held_bytes}
+    found = works[work.pop("work")](**work)
     if int(size) > 1:
         dist.barrier()
         dist.destroy_process_group()

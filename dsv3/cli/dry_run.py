@@ -12,8 +12,9 @@ HEADER = (
     "besides",
     "parameters",
     "weights",
+    "master",
     "grads",
-    "optimizer",
+    "moments",
     "kept",
     "sum",
 )
@@ -38,8 +39,8 @@ def describe_plan(config: PretrainConfig, *, ranks: int) -> str:
         "",
         *aligned([HEADER, *(_row(place) for place in plan.places)]),
         "",
-        "GB of a rank. 'kept' waits for the backward pass, at the worst moment, in FP32 where the CPU path has FP32:",
-        "an upper bound for BF16. Buffers of communication and what a kernel needs for a moment are not in it.",
+        "GB of a rank that computes in BF16. 'kept' waits for the backward pass, at the worst moment of a step.",
+        "Buffers, and what a kernel needs for a moment, are not in it; dsv3 plan has them, and what a step costs.",
         *_average(plan),
     ]
     return "\n".join(lines)
@@ -55,7 +56,7 @@ def _row(place: RankPlan) -> tuple[str, ...]:
     layers = ", ".join(f"{one.start}-{one.stop - 1}" if len(one) > 1 else str(one.start) for one in place.layers)
     besides = [name for name, has in (("embedding", place.has_embedding), ("head", place.has_end)) if has]
     parameters = (place.shared_parameters + place.expert_parameters) / 1e9
-    memory = (place.weights, place.gradients, place.optimizer, place.activations, place.on_device)
+    memory = (place.weights, place.master, place.gradients, place.moments, place.activations, place.on_device)
     return (
         str(place.pipeline_rank),
         f"{place.ranks.start}-{place.ranks.stop - 1}",

@@ -28,6 +28,25 @@ def sum_to_tokens(
     return _SumToTokens.apply(rows, source, origin)
 
 
+def add_by_index(
+    rows: Float[Tensor, "row hidden"], *, index: Int[Tensor, " row"], num_sums: int
+) -> Float[Tensor, "sum hidden"]:
+    """Return `num_sums` sums, of the rows with the same index; unlike torch's `index_add`, keep no rows."""
+    return _AddByIndex.apply(rows, index, num_sums)
+
+
+class _AddByIndex(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, num_sums: int) -> Tensor:
+        ctx.save_for_backward(index)
+        return rows.new_zeros(num_sums, rows.shape[1]).index_add_(0, index, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (index,) = ctx.saved_tensors
+        return gradients[0].index_select(0, index), None, None
+
+
 class _CopyToRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, source: Tensor, origin: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsv3.model.interfaces import DispatchedTokens, Routing
+from dsv3.ops.permute import add_by_index
 from dsv3.parallel.exchange import (
     Channel,
     Departed,
@@ -154,7 +155,7 @@ class Hop:
     def receive_back(self, going_home: GoingHome) -> Float[Tensor, "row hidden"]:
         """Return for each row that was there the sum of what has come home for it."""
         home, sent = arrive(going_home.rows), going_home.sent
-        return home.new_zeros(sent.num_rows, home.shape[1]).index_add(0, sent.origin, home)
+        return add_by_index(home, index=sent.origin, num_sums=sent.num_rows)
 
     def _elsewhere(self, counts: tuple[int, ...]) -> int:
         """Return how many rows go to, or came from, other ranks."""
@@ -216,8 +217,7 @@ class AllToAllDispatch:
     def send_back(self, outputs: Float[Tensor, "row hidden"], *, dispatched: DispatchedTokens) -> GoingHome:
         """Sum the outputs of each row that came, bring the sums through the inner hops, and begin the first's."""
         assert isinstance(dispatched, ExchangedTokens)
-        sums = outputs.new_zeros(dispatched.num_arrived, outputs.shape[1])
-        sums = sums.index_add(0, dispatched.source, outputs)
+        sums = add_by_index(outputs, index=dispatched.source, num_sums=dispatched.num_arrived)
         for hop, sent in zip(self.hops[:0:-1], dispatched.sent[:0:-1], strict=True):
             sums = hop.receive_back(hop.send_back(sums, sent=sent))
         return self.hops[0].send_back(sums, sent=dispatched.sent[0])

@@ -99,6 +99,17 @@ class Schedule:
         return (forward, self._backward[stage + 1, micro_batch]) if stage + 1 < self.num_stages else (forward,)
 
     @cached_property
+    def waits(self) -> tuple[tuple[tuple[tuple[Action, bool], ...], ...], ...]:
+        """For each step of each rank what must have ended before it, and whether another rank does that."""
+        return tuple(
+            tuple(
+                tuple((need, self.rank_of(need) != rank) for action in step for need in self.needs(action))
+                for step in steps
+            )
+            for rank, steps in enumerate(self.steps)
+        )
+
+    @cached_property
     def carried(self) -> dict[Action, Action]:
         """For each action that makes something for another rank, the action there that waits for it."""
         actions = (action for rank in self.steps for step in rank for action in step)

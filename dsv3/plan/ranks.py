@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from dsv3.config import ModelConfig, PretrainConfig
 from dsv3.errors import ConfigError
-from dsv3.plan.activations import activation_memory, kept_of_tokens
+from dsv3.plan.activations import FLOAT, activation_memory, fp8_cache, kept_at_end, kept_of_tokens
 from dsv3.plan.counts import layer_counts
 from dsv3.plan.pipeline import Kind, Schedule
 from dsv3.plan.simulate import ChunkCosts, Timeline, simulate
@@ -36,19 +36,24 @@ class RankPlan:
     expert_parameters: int
     """Routed experts of one rank."""
     weights: int
-    """Bytes that the model computes with, FP8 copies and FP32 weights behind them included."""
+    """Bytes that the model computes with, FP8 copies among them."""
+    master: int
+    """Bytes of FP32 weights beside them: of all rows where an FP8 recipe makes its copies from them, else of the own
+    rows where ranks share the optimizer's state."""
     gradients: int
-    optimizer: int
-    """Bytes of masters beside the weights, and of both moments; of the own rows where ranks share them."""
+    moments: int
+    """Both moments of AdamW; of the own rows where ranks share them."""
     activations: int
     """Bytes kept from forward to backward, at the worst moment of a step."""
+    fp8_cache: int
+    """Of these, what is kept in FP8 or E5M6, with its scales (report 3.3.3)."""
     average: int
     """Bytes of the running average, in CPU memory."""
 
     @property
     def on_device(self) -> int:
         """Everything but the average."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.master + self.gradients + self.moments + self.activations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +73,7 @@ class RunPlan:
 
 
 def plan_ranks(config: PretrainConfig, *, world: int) -> RunPlan:
-    """Return what `world` ranks hold under `config.parallel`, with weights in BF16 as on a GPU.
-
-    Activations are those of `plan/activations.py`, which counts FP32 where a GPU would keep BF16: an upper bound.
+    """Return what `world` ranks hold under `config.parallel`, computing in BF16 as on a GPU.
 
     Raises:
         ConfigError: ranks, experts, layers or rows do not divide as the settings want it.
@@ -88,9 +91,6 @@ def plan_ranks(config: PretrainConfig, *, world: int) -> RunPlan:
     schedule = make_schedule(parallel, num_micro_batches=micro_batches)
     stages = make_stages(parallel, model=model, sequence_length=config.batch.sequence_length)
     timeline = simulate(schedule, costs=ChunkCosts())
-    places = tuple(
-        _place(config, stages=stages, schedule=schedule, rank=rank, data=data) for rank in range(parallel.pipeline)
-    )
     return RunPlan(
         world=world,
         data=data,
@@ -98,12 +98,26 @@ def plan_ranks(config: PretrainConfig, *, world: int) -> RunPlan:
         expert_copies=data // parallel.expert,
         micro_batches=micro_batches,
         timeline=timeline,
-        places=places,
+        places=place_ranks(config, stages=stages, schedule=schedule, data=data),
     )
 
 
-def _place(config: PretrainConfig, *, stages: Stages, schedule: Schedule, rank: int, data: int) -> RankPlan:
-    model, parallel = config.model, config.parallel
+def place_ranks(
+    config: PretrainConfig, *, stages: Stages, schedule: Schedule, data: int, dtype: str = "bfloat16"
+) -> tuple[RankPlan, ...]:
+    """Return what the ranks of each place of the pipeline hold when they compute in `dtype`, 'bfloat16' or 'float32'.
+
+    `data` ranks stand at each place. Activations are at their worst in the first micro-batches of `schedule`, so that a
+    shorter one than the run's has the same.
+    """
+    return tuple(
+        _place(config, stages=stages, schedule=schedule, rank=rank, data=data, dtype=dtype)
+        for rank in range(config.parallel.pipeline)
+    )
+
+
+def _place(config: PretrainConfig, *, stages: Stages, schedule: Schedule, rank: int, data: int, dtype: str) -> RankPlan:
+    model = config.model
     held, last = stages.held_by(rank), len(stages.layers) - 1
     has_embedding, has_end = rank in stages.holders("embed_tokens"), last in held
     table = model.vocab_size * model.hidden_size
@@ -121,18 +135,9 @@ def _place(config: PretrainConfig, *, stages: Stages, schedule: Schedule, rank: 
     is_fp8 = config.precision.recipe != "original"
     wide = sum((one.in_fp8 + one.experts) if is_fp8 else 0 for one in all_held)  # FP32, its own master, and a copy
     narrow = shared + experts - wide
-    moment = 2 if config.optim.bf16_moments else 4
-    optimizer = average = 0
-    for copies, those in counts.items():
-        for one in those:
-            for number, sharers, is_wide in (
-                (one.in_fp8, copies, is_fp8),
-                (one.other, copies, False),
-                (one.experts, copies // parallel.expert, is_fp8),
-            ):
-                own = -(-number // sharers) if parallel.zero else number
-                optimizer += own * (2 * moment + (0 if is_wide else 4))
-                average += 4 * own if config.optim.ema_decay > 0 else 0
+    is_bf16 = dtype == "bfloat16"
+    own_wide, own_narrow = _own_parameters(config, counts=counts, is_fp8=is_fp8)
+    kept, in_fp8 = _peak_activations(config, stages=stages, schedule=schedule, rank=rank, dtype=dtype)
     return RankPlan(
         pipeline_rank=rank,
         ranks=range(rank * data, (rank + 1) * data),
@@ -142,11 +147,13 @@ def _place(config: PretrainConfig, *, stages: Stages, schedule: Schedule, rank: 
         has_end=has_end,
         shared_parameters=shared,
         expert_parameters=experts,
-        weights=5 * wide + 2 * narrow,
-        gradients=4 * wide + (4 + 2) * narrow,
-        optimizer=optimizer,
-        activations=_peak_activations(config, stages=stages, schedule=schedule, rank=rank),
-        average=average,
+        weights=wide + narrow * (2 if is_bf16 else FLOAT),
+        master=FLOAT * wide + (FLOAT * own_narrow if is_bf16 else 0),
+        gradients=FLOAT * wide + (FLOAT + 2 if is_bf16 else FLOAT) * narrow,
+        moments=2 * (own_wide + own_narrow) * (2 if config.optim.bf16_moments else FLOAT),
+        activations=kept,
+        fp8_cache=in_fp8,
+        average=FLOAT * (own_wide + own_narrow) if config.optim.ema_decay > 0 else 0,
     )
 
 
@@ -158,6 +165,21 @@ class _Held:
     """Matrices of attention, dense layers and shared experts."""
     other: int = 0
     experts: int = 0
+
+
+def _own_parameters(config: PretrainConfig, *, counts: dict[int, list[_Held]], is_fp8: bool) -> tuple[int, int]:
+    """Return parameters whose optimizer state a rank has, by whether they are kept in FP32 for FP8 copies."""
+    wide = narrow = 0
+    for copies, those in counts.items():
+        for one in those:
+            for number, sharers, is_wide in (
+                (one.in_fp8, copies, is_fp8),
+                (one.other, copies, False),
+                (one.experts, copies // config.parallel.expert, is_fp8),
+            ):
+                own = -(-number // sharers) if config.parallel.zero else number
+                wide, narrow = (wide + own, narrow) if is_wide else (wide, narrow + own)
+    return wide, narrow
 
 
 def _of_layers(config: PretrainConfig, *, layers: range) -> _Held:
@@ -187,20 +209,27 @@ def _of_end(config: PretrainConfig) -> _Held:
     )
 
 
-def _peak_activations(config: PretrainConfig, *, stages: Stages, schedule: Schedule, rank: int) -> int:
-    """Return the most bytes that a rank's chunks hold at once, in the order of its schedule."""
-    size: Mapping[int, int] = {
-        stage: _stage_activations(config, stages=stages, stage=stage) for stage in stages.held_by(rank)
+def _peak_activations(
+    config: PretrainConfig, *, stages: Stages, schedule: Schedule, rank: int, dtype: str
+) -> tuple[int, int]:
+    """Return the most bytes that a rank's chunks hold at once in the order of its schedule, and of these, in FP8."""
+    size: Mapping[int, tuple[int, int]] = {
+        stage: _stage_activations(config, stages=stages, stage=stage, dtype=dtype) for stage in stages.held_by(rank)
     }
-    held = peak = 0
+    held = in_fp8 = 0
+    peak = (0, 0)
     for step in schedule.steps[rank]:
-        held += sum(size[action.stage] for action in step if action.kind is Kind.FORWARD)
-        peak = max(peak, held)
-        held -= sum(size[action.stage] for action in step if action.kind in (Kind.BACKWARD, Kind.WEIGHT))
+        for action in step:
+            if action.kind is Kind.FORWARD:
+                held, in_fp8 = held + size[action.stage][0], in_fp8 + size[action.stage][1]
+        peak = max(peak, (held, in_fp8))
+        for action in step:
+            if action.kind in (Kind.BACKWARD, Kind.WEIGHT):
+                held, in_fp8 = held - size[action.stage][0], in_fp8 - size[action.stage][1]
     return peak
 
 
-def _stage_activations(config: PretrainConfig, *, stages: Stages, stage: int) -> int:
+def _stage_activations(config: PretrainConfig, *, stages: Stages, stage: int, dtype: str) -> tuple[int, int]:
     layers, model = stages.layers[stage], config.model
     is_last = stage == len(stages.layers) - 1
     dense = sum(not model.is_moe_layer(layer) for layer in layers)
@@ -211,5 +240,9 @@ def _stage_activations(config: PretrainConfig, *, stages: Stages, stage: int) ->
         num_nextn_predict_layers=model.num_nextn_predict_layers if is_last else 0,
     )
     of_stage = replace(config, model=part)
-    kept = kept_of_tokens(of_stage, tokens=config.batch.micro_batch_sequences * config.batch.sequence_length)
-    return kept if is_last else kept - activation_memory(of_stage).per_pass
+    tokens = config.batch.micro_batch_sequences * config.batch.sequence_length
+    kept = kept_of_tokens(of_stage, tokens=tokens, dtype=dtype)
+    own_tokens = -(-tokens // config.parallel.context)
+    if not is_last:
+        kept -= activation_memory(of_stage, dtype=dtype).per_pass + own_tokens * kept_at_end(config, dtype=dtype)
+    return kept, fp8_cache(of_stage).per_token * own_tokens

@@ -3,9 +3,24 @@
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol, runtime_checkable
 
 from dsv3.errors import ConfigError
 from dsv3.plan.pipeline import Action, Kind, Schedule, Step
+
+
+@runtime_checkable
+class Costs(Protocol):
+    """What a step of a rank takes."""
+
+    @property
+    def send(self) -> float:
+        """From the end of a chunk to when another rank can use what it made."""
+        ...
+
+    def of(self, step: Step) -> float:
+        """Return the time of a step."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +109,7 @@ class Timeline:
         return tuple(peaks)
 
 
-def simulate(schedule: Schedule, *, costs: ChunkCosts) -> Timeline:
+def simulate(schedule: Schedule, *, costs: Costs) -> Timeline:
     """Run a schedule: every step begins when its rank is free and what it needs is there.
 
     Raises:
@@ -109,13 +124,13 @@ def simulate(schedule: Schedule, *, costs: ChunkCosts) -> Timeline:
         steps = schedule.steps[rank]
         while len(spans[rank]) < len(steps):
             step = steps[len(spans[rank])]
-            needs = [need for action in step for need in schedule.needs(action)]
-            missing = next((need for need in needs if need not in ended), None)
+            needs = schedule.waits[rank][len(spans[rank])]
+            missing = next((need for need, _ in needs if need not in ended), None)
             if missing is not None:
                 waiting[missing].append(rank)
                 break
             free = spans[rank][-1].end if spans[rank] else 0.0
-            arrivals = [ended[need] + (costs.send if schedule.rank_of(need) != rank else 0.0) for need in needs]
+            arrivals = [ended[need] + (costs.send if is_sent else 0.0) for need, is_sent in needs]
             start = max([free, *arrivals])
             end = start + costs.of(step)
             spans[rank].append(Span(step, start, end))

@@ -1,7 +1,7 @@
 """Which layers of a model make up each stage of a pipeline, and where what is not a layer lies (report 3.2.1)."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 from dsv3.config import ModelConfig, ParallelConfig
@@ -124,17 +124,29 @@ def make_schedule(config: ParallelConfig, *, num_micro_batches: int) -> Schedule
     """
     if config.pipeline == 1 and config.schedule != "dualpipe_v":
         return one_f_one_b(num_ranks=1, num_micro_batches=num_micro_batches)
-    return SCHEDULES[config.schedule](num_ranks=config.pipeline, num_micro_batches=num_micro_batches)
+    return _make(config.schedule, config.pipeline, num_micro_batches)
+
+
+@lru_cache(maxsize=64)
+def _make(name: str, num_ranks: int, num_micro_batches: int) -> Schedule:
+    return SCHEDULES[name](num_ranks=num_ranks, num_micro_batches=num_micro_batches)
 
 
 def fewest_micro_batches(config: ParallelConfig) -> int:
     """Return the smallest number of micro-batches that the schedule of `config` can work with."""
-    for number in range(1, 2 * config.pipeline + 1):
+    return 1 if config.pipeline == 1 and config.schedule != "dualpipe_v" else _fewest(config.schedule, config.pipeline)
+
+
+@lru_cache(maxsize=256)
+def _fewest(name: str, num_ranks: int) -> int:
+    for number in range(1, 2 * num_ranks + 1):
         try:
-            make_schedule(config, num_micro_batches=number)
+            _make(name, num_ranks, number)
         except ConfigError:
             continue
         return number
+    # None is enough for so many ranks: the refusal says why.
+    _make(name, num_ranks, 2 * num_ranks)
     raise AssertionError("twice as many as ranks are enough for every schedule")
 
 

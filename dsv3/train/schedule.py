@@ -61,14 +61,19 @@ def bias_update_speed(config: BalanceConfig, *, tokens: int) -> float:
 
 def total_steps(config: PretrainConfig) -> int:
     """Return the number of optimizer steps until `total_tokens` are reached; the last step may pass the mark."""
-    steps, tokens = 0, 0
+    return sum(steps for _, steps in batch_stretches(config))
+
+
+def batch_stretches(config: PretrainConfig) -> list[tuple[int, int]]:
+    """Return the sizes of batches in their order, in sequences, and how many steps have each."""
+    found, tokens = [], 0
     while tokens < config.total_tokens:
         size = batch_sequences(config.batch, tokens=tokens)
         stretch = min(_next_growth(config.batch, tokens=tokens, size=size), config.total_tokens) - tokens
-        here = -(-stretch // (size * config.batch.sequence_length))
-        steps += here
-        tokens += here * size * config.batch.sequence_length
-    return steps
+        steps = -(-stretch // (size * config.batch.sequence_length))
+        found.append((size, steps))
+        tokens += steps * size * config.batch.sequence_length
+    return found
 
 
 def _next_growth(config: BatchConfig, *, tokens: int, size: int) -> int:
