@@ -53,7 +53,11 @@ def draw_bars(
         for place, label in enumerate(labels):
             across = [number + (place - (len(labels) - 1) / 2) * width for number in range(len(groups))]
             bars = axes.bar(
-                across, [group.values[place] for group in groups], width=0.92 * width, color=COLOURS[place], label=label
+                across,
+                [group.values[place] for group in groups],
+                width=0.92 * width,
+                color=COLOURS[place % len(COLOURS)],
+                label=label,
             )
             axes.bar_label(bars, fmt="{:,.4g}", fontsize=6.5, padding=2)
         if is_logarithmic:

@@ -74,7 +74,8 @@ def run(ask: Ask) -> Outcome:
             "grows": [later > earlier for earlier, later in pairwise(errors[HELD])],
         },
         remark="The report does not say which numbers it multiplied, and the error hangs on them: sums of uniform ones "
-        "grow with K, and what falls off their end with them. How the tensor core sums was measured on H100 and H200 (docs/gpu.md) and is copied bit by bit.",
+        "grow with K, and what falls off their end with them. How a tensor core sums was measured on an H100 and an "
+        "H200 (docs/gpu.md) and is copied bit by bit.",
     )
 
 

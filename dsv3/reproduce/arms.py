@@ -18,6 +18,7 @@ from dsv3.recipes import tiny
 from dsv3.recipes.milestones import learning_rate, milestones
 from dsv3.reproduce.experiment import Ask
 from dsv3.train.loop import pretrain
+from dsv3.train.run_folder import lend_corpus
 
 SMALL = (
     "model.vocab_size=2048",
@@ -135,13 +136,20 @@ def seeds_of(runs: Sequence[TrainedRun], *, name: str) -> tuple[float, ...]:
     return tuple(float(getattr(run, name)) for run in runs)
 
 
+def smoothed(values: list[float], *, weight: float) -> list[float]:
+    """Return the exponential average, its start included without a bias."""
+    found, total, mass = [], 0.0, 0.0
+    for value in values:
+        total, mass = weight * total + value, weight * mass + 1
+        found.append(total / mass)
+    return found
+
+
 def _train(config: PretrainConfig, *, folder: Path, root: Path) -> TrainedRun:
     """Train a run to its end; its corpus is the one of its seed, which all experiments share."""
     shared = root / "corpus" / f"vocab-{config.model.vocab_size}-seed-{config.runtime.seed}"
     prepare_corpus(config, folder=shared)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "corpus").exists():
-        (folder / "corpus").symlink_to(shared.resolve(), target_is_directory=True)
+    lend_corpus(shared.resolve(), folder=folder)
     if pretrain(config, folder=folder).interrupted:
         raise KeyboardInterrupt
     return read_run(folder)

@@ -10,8 +10,8 @@ from dsv3.reproduce.finding import Finding, Number, Order
 RANKS, MICRO_BATCHES = 16, 120
 """Of the published run: 2,048 GPUs in pipelines of 16, and 15,360 rows of a step over 128 of them."""
 COSTS = ChunkCosts(forward=1.0, backward=2.0, weight=1.0, woven=2.4)
-"""F, B, W and F&B. Ours: Table 2 names no times. Its formula of DualPipe holds to the letter where F takes as long as W;
-a woven pair takes less than its two parts, which is what weaving is for."""
+"""F, B, W and F&B. Ours: Table 2 names no times. Its formula of DualPipe holds to the letter where F takes as long
+as W; a woven pair takes less than its two parts, which is what weaving is for."""
 FORMULAS = {
     "1f1b": ("(PP-1)(F+B)", (RANKS - 1) * (COSTS.forward + COSTS.backward)),
     "zb1p": ("(PP-1)(F+B-2W)", (RANKS - 1) * (COSTS.forward + COSTS.backward - 2 * COSTS.weight)),

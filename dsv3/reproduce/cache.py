@@ -100,8 +100,8 @@ def run(ask: Ask) -> Outcome:
         settings={"page_tokens": PAGE_TOKENS, "shape": "v3_671b"},
         data={"MLA, allocated": measured, **others, **checks},
         remark="MQA keeps less than MLA; what it costs in quality is in the V2 report's appendix and was not made "
-        "again here. Our engine has no other attention than MLA, so that the others are counted and not allocated. Heads "
-        "of V3's width have keys of 192 and values of 128; the 2.25 groups of the V2 report are of 128 and 128.",
+        "again here. Our engine has no other attention than MLA, so that the others are counted and not allocated. "
+        "Heads of V3's width have keys of 192 and values of 128; the 2.25 groups of the V2 report are of 128 and 128.",
     )
 
 

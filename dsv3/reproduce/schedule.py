@@ -11,7 +11,8 @@ FIGURE = (8, 20)
 """Ranks and micro-batches of Figure 5."""
 PUBLISHED_RUN = (16, 120)
 PUBLISHED_WOVEN = {0: 97, 7: 103}
-"""Woven pairs of the first rank and of a middle one for 16 ranks and 120 micro-batches, counted in the published code."""
+"""Woven pairs of the first rank and of a middle one, as the published code has them for 16 ranks and 120
+micro-batches."""
 
 
 def run(ask: Ask) -> Outcome:
