@@ -37,7 +37,7 @@ _ALL = (
         how="A small V3, its V2 variant (softmax, three auxiliary losses) and a dense model whose every token passes "
         "as many weights read the same rows.",
         seeds=3,
-        tokens=600_000,
+        tokens=400_000,
         minutes=15,
     ),
     Experiment(
@@ -47,7 +47,7 @@ _ALL = (
         how="A small V3 is trained with and without the MTP module on the same rows, and scored without it on held-out "
         "text. Table 4's benchmarks need larger models; its bits per byte can be seen in small ones.",
         seeds=3,
-        tokens=600_000,
+        tokens=400_000,
         minutes=12,
     ),
     Experiment(
@@ -57,7 +57,7 @@ _ALL = (
         how="The models that `mtp` has trained go on with held-out texts while their module drafts the second token; "
         "then whole answers are timed with drafts and without.",
         seeds=3,
-        tokens=600_000,
+        tokens=400_000,
         minutes=3,
     ),
     Experiment(
@@ -77,7 +77,7 @@ _ALL = (
         how="A small V3 is trained with FP8's products and caches as published, and without; the difference of the "
         "smoothed losses is compared with that of two runs that differ in the order of their sums alone.",
         seeds=1,
-        tokens=600_000,
+        tokens=400_000,
         minutes=8,
     ),
     Experiment(

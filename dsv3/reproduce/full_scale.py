@@ -98,7 +98,7 @@ FULL = {
 def full_scale_run(settings: Mapping[str, str]) -> PretrainConfig:
     """Return recipe `v3_16b` for 1.33T tokens on 256 GPUs that share the experts by 8, with some settings changed.
 
-    The learning rate falls at 80% and 90% of the tokens, as the recipe's; how that of the ablations fell is not published.
+    The learning rate falls at 80% and 90% of the tokens, as the recipe's; that of the ablations is not published.
     """
     start = v3_16b()
     rate = steps_down(
