@@ -9,6 +9,7 @@ import typer
 from dsv3.cli.columns import aligned
 from dsv3.errors import ConfigError
 from dsv3.reproduce.catalogue import EXPERIMENTS, find
+from dsv3.reproduce.experiment import Experiment
 
 SCALES = ("small", "full")
 
@@ -94,7 +95,7 @@ def _run(names: list[str], *, root: Path, seeds: int | None, tokens: int | None,
         typer.echo(json.dumps(records, indent=2))
 
 
-def _write_full(wanted: list, *, root: Path) -> None:
+def _write_full(wanted: list[Experiment], *, root: Path) -> None:
     from dsv3.reproduce.full_scale import full_scale_text
 
     for one in wanted:

@@ -20,8 +20,8 @@ ARMS = (
     Arm(name="batch_loss", label="batch loss", settings=NO_MTP | {"balance.method": "batch_loss"}),
     Arm(name="none", label="none", settings=NO_MTP | {"balance.method": "none"}),
 )
-"""The losses have V2-Lite's weight of 0.001, as the report's baselines. gamma is the recipe's 0.002, twice the published
-one: 0.005 moves biases sooner and leaves held-out text a little less even (docs/log.md)."""
+"""The losses have V2-Lite's weight of 0.001, as the report's baselines. gamma is the recipe's 0.002, twice the
+published one: 0.005 moves biases sooner and leaves held-out text a little less even (docs/log.md)."""
 NO_WORSE = 0.005
 """Share of the loss. The report's methods differ by 0.2%, which takes larger models and longer runs to see."""
 SMOOTHED = 20

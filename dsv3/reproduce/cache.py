@@ -10,7 +10,7 @@ from dsv3.plan.counts import kv_bytes_per_token
 from dsv3.recipes import tiny, v3_671b
 from dsv3.report.bars import Group, draw_bars
 from dsv3.reproduce.experiment import Ask, Outcome, Picture
-from dsv3.reproduce.finding import Number, Order
+from dsv3.reproduce.finding import Finding, Number, Order
 
 BF16 = 2
 PAGE_TOKENS, PAGES = 64, 2
@@ -45,7 +45,7 @@ def run(ask: Ask) -> Outcome:
         is_logarithmic=True,
         file=ask.folder / "cache.png",
     )
-    findings = [
+    findings: list[Finding] = [
         Number(
             claim="bytes a token, allocated by our engine at V3's shape",
             report=f"70.272 KB ({insights})",

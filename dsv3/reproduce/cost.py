@@ -1,15 +1,13 @@
 """GPU-hours and dollars of the published run, planned phase by phase, beside the report's Table 1."""
 
-from dsv3.plan.cost import DOLLARS_PER_HOUR, PUBLISHED_POST_HOURS, Cost, Stretch, extension_phase, pretraining
 from dsv3.plan.hardware import H800
 from dsv3.plan.published_run import PUBLISHED_RUN, Published
-from dsv3.plan.training import TrainingPlan, plan_training
+from dsv3.plan.training import plan_training
 from dsv3.recipes import v3_671b
-from dsv3.recipes.extension import STEPS, extension
 from dsv3.report.bars import Group, draw_bars
 from dsv3.reproduce.experiment import Ask, Outcome, Picture
 from dsv3.reproduce.finding import Number, shown
-from dsv3.train.schedule import batch_stretches
+from dsv3.reproduce.recipe_cost import recipe_cost
 
 WORLD = 2048
 TOLERANCE = 0.05
@@ -50,23 +48,6 @@ def run(ask: Ask) -> Outcome:
         data={name: value for name, (value, _) in seen.items()},
         remark="One number is fitted, to the time of woven chunks and to nothing else: how unevenly experts are loaded "
         "(docs/planning.md has the reason for every line). Post-training is not planned but taken from the report.",
-    )
-
-
-def recipe_cost(
-    plan: TrainingPlan, *, dollars_per_hour: float = DOLLARS_PER_HOUR, post_hours: float | None = None
-) -> Cost:
-    """Return what a recipe costs as the report's run went: growing batch, two extensions, post-training."""
-    config = plan.config
-    stretches = [Stretch(rows=rows, steps=steps) for rows, steps in batch_stretches(config)]
-    phases = extension(config) if config.model.rope_scaling is None else ()
-    lump = PUBLISHED_POST_HOURS if config.recipe == "v3_671b" else 0.0
-    return Cost(
-        world=plan.world,
-        pretrain=pretraining(plan, stretches=stretches),
-        extensions=tuple(extension_phase(plan, config=phase, steps=STEPS) for phase in phases),
-        post_hours=lump if post_hours is None else post_hours,
-        dollars_per_hour=dollars_per_hour,
     )
 
 
