@@ -9,6 +9,7 @@
     ├── TrainingError       a run that must stop
     │   └── NonFiniteError  a loss or gradient that is NaN or infinite
     ├── EngineError         a request that broke while it was computed
+    │   └── RankLostError   a rank that shares experts with others has lost step with them
     ├── CompilerError       C++ kernels that cannot be compiled here
     └── MissingExtraError   an optional dependency that is not installed
 
@@ -51,6 +52,10 @@ class NonFiniteError(TrainingError):
 
 class EngineError(Dsv3Error):
     """A request that broke while it was computed."""
+
+
+class RankLostError(EngineError):
+    """A rank that shares experts with others has lost step with them, and must end."""
 
 
 class CompilerError(Dsv3Error):

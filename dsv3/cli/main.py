@@ -32,6 +32,7 @@ VERBS = (
     "report",
     "serve",
     "plan",
+    "data",
     "reproduce",
     "eval",
     "bench",

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dsv3.cli.generate import Device, ModelArgument, Threads, Weights
-from dsv3.config import EngineConfig, ServerConfig
+from dsv3.config import EngineConfig, ExpertRanksConfig, ServerConfig
 from dsv3.errors import ConfigError, MissingExtraError
 
 KEY_VARIABLE = "DSV3_API_KEY"
@@ -47,6 +47,15 @@ def serve(
         int, typer.Option(min=0, help="Processes that read prompts; with --decode. 0: one process does everything.")
     ] = 0,
     decode: Annotated[int, typer.Option(min=0, help="Processes that go on with what those have read.")] = 0,
+    expert_parallel: Annotated[
+        bool, typer.Option("--expert-parallel", help="Spread the experts over the processes of each kind.")
+    ] = False,
+    redundant_experts: Annotated[
+        int, typer.Option(min=0, help="With it: copies of busy experts in each layer, all processes together.")
+    ] = 0,
+    rebalance_seconds: Annotated[
+        float, typer.Option(min=0, help="With it: time between two looks at which experts are busy; 0: none.")
+    ] = 0.0,
     worker_timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds without a word from such a process before it is started again.")
     ] = 60.0,
@@ -85,6 +94,8 @@ def serve(
         ),
         prefill_workers=prefill,
         decode_workers=decode,
+        expert_parallel=expert_parallel,
+        expert_ranks=ExpertRanksConfig(redundant_experts=redundant_experts, rebalance_seconds=rebalance_seconds),
         worker_timeout_seconds=worker_timeout,
         transfer_timeout_seconds=transfer_timeout,
         host=host,

@@ -1,8 +1,9 @@
 """Every setting, as frozen keyword-only dataclasses with units and sources. Imports no torch."""
 
 from dsv3.config.balance import BalanceConfig
-from dsv3.config.data import DataConfig, SourceConfig
+from dsv3.config.data import DataConfig, MixtureConfig, ShareConfig, SourceConfig
 from dsv3.config.engine import EngineConfig
+from dsv3.config.expert_ranks import ExpertRanksConfig
 from dsv3.config.model import ModelConfig, YarnConfig
 from dsv3.config.parallel import ParallelConfig
 from dsv3.config.precision import PrecisionConfig
@@ -24,8 +25,10 @@ __all__ = [
     "DataConfig",
     "EngineConfig",
     "EvaluationConfig",
+    "ExpertRanksConfig",
     "HealthConfig",
     "LearningRateConfig",
+    "MixtureConfig",
     "ModelConfig",
     "MtpLossConfig",
     "OptimConfig",
@@ -35,6 +38,7 @@ __all__ = [
     "RecomputeConfig",
     "RuntimeConfig",
     "ServerConfig",
+    "ShareConfig",
     "SnapshotConfig",
     "SourceConfig",
     "YarnConfig",

@@ -1,8 +1,9 @@
 """What is read, and how text becomes rows of tokens (report 4.1)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dsv3.config.check import require_fraction, require_not_negative, require_positive
+from dsv3.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,7 +12,8 @@ class SourceConfig:
 
     path: str
     """A file or folder (.txt .md .py .jsonl .jsonl.gz .parquet), `hf://NAME` for a Hugging Face dataset read as a
-    stream, or `builtin://NAME` for text that arrives with installed packages."""
+    stream, `builtin://NAME` for text that arrives with installed packages, or, as the only source, a corpus that
+    `dsv3 data prepare` has made, whose tokenizer and shards are read as they are."""
     name: str = ""
     """How reports call it; empty takes the last part of the path."""
     weight: float = 0.0
@@ -22,11 +24,51 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShareConfig:
+    """What part of the training rows comes from where."""
+
+    of: str
+    """A source, a domain, or 'source/domain', as a prepared corpus lists them; the closest one counts."""
+    weight: float = 0.0
+    """Share of the rows, relative to the other shares; 0, without `epochs`, draws none."""
+    epochs: float = 0.0
+    """Instead of a weight: how often it is read while what has no share is read once."""
+
+    def __post_init__(self) -> None:
+        require_not_negative(self, "weight", "epochs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureConfig:
+    """How rows are drawn from the sources and domains of a corpus; by their tokens where nothing else is said."""
+
+    shares: tuple[ShareConfig, ...] = ()
+    temperature: float = 1.0
+    """Within a share, and where there is none, tokens count to the power of 1 / temperature: above 1 raises what is
+    small."""
+    annealing: tuple[ShareConfig, ...] = ()
+    """The shares of the last part of a run."""
+    annealing_tokens: int = 0
+    """How long that is."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "temperature")
+        require_not_negative(self, "annealing_tokens")
+        if bool(self.annealing) != bool(self.annealing_tokens):
+            raise ConfigError("annealing and annealing_tokens go together: which shares, and for how many tokens")
+        for shares in (self.shares, self.annealing):
+            if any(share.epochs for share in shares) and any(share.weight for share in shares):
+                raise ConfigError("a mixture gives weights or epochs, not both; they are not on one scale")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Corpus, tokenizer and the transformations between text and packed rows."""
 
     sources: tuple[SourceConfig, ...] = ()
     """Empty stands for the built-in corpus of the quickstart."""
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    """How rows are drawn, where `weight` of the sources does not say it."""
     tokenizer: str = ""
     """A tokenizer.json, or a folder that holds one; empty trains one of `model.vocab_size` entries on the corpus."""
     fim_rate: float = 0.1

@@ -4,7 +4,11 @@ from dataclasses import dataclass, field
 
 from dsv3.config.check import require_not_negative, require_positive
 from dsv3.config.engine import EngineConfig
+from dsv3.config.expert_ranks import ExpertRanksConfig
 from dsv3.errors import ConfigError
+
+FORMATS_OVER_RANKS = ("auto", "fp32", "bf16")
+"""Weights of experts that may lie on several ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +28,11 @@ class ServerConfig:
     """Processes that read prompts, and hand them over; 0, with 0 `decode_workers`, is one process for everything."""
     decode_workers: int = 0
     """Processes that go on from there."""
+    expert_parallel: bool = False
+    """Spread the routed experts over the workers of each kind, which then begin and end together."""
+    expert_ranks: ExpertRanksConfig = field(default_factory=ExpertRanksConfig)
+    """`fixed_step_tokens` is worked out: as many as one step of a worker that decodes has, none where prompts are
+    read."""
     worker_timeout_seconds: float = 60.0
     """A worker that says nothing for so long is ended and started again; longer than any step takes."""
     transfer_timeout_seconds: float = 30.0
@@ -67,4 +76,28 @@ class ServerConfig:
             raise ConfigError(
                 f"{self.prefill_workers} prefill workers and {self.decode_workers} decode workers: one kind cannot "
                 "answer alone; give both 1 or more, or both 0 for one process that does everything"
+            )
+        self._require_expert_ranks()
+
+    def _require_expert_ranks(self) -> None:
+        if not self.expert_parallel:
+            if self.expert_ranks != ExpertRanksConfig():
+                raise ConfigError(
+                    "redundant experts, and experts that move, are for experts spread over processes; add "
+                    "--expert-parallel"
+                )
+            return
+        if max(self.prefill_workers, self.decode_workers) < 2:
+            raise ConfigError(
+                f"experts cannot be spread over {self.prefill_workers} prefill and {self.decode_workers} decode "
+                "workers; give 2 or more of one kind, such as --prefill 1 --decode 2"
+            )
+        if self.weights not in FORMATS_OVER_RANKS:
+            raise ConfigError(
+                f"weights = {self.weights!r} cannot be spread over processes yet; use one of "
+                f"{', '.join(map(repr, FORMATS_OVER_RANKS))}"
+            )
+        if self.device not in ("auto", "cpu"):
+            raise ConfigError(
+                f"device = {self.device!r}: experts over processes were run on CPUs alone so far; use device = 'cpu'"
             )

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from dsv3.config import DataConfig, SourceConfig
@@ -63,7 +64,7 @@ def _encodable(document: Document, *, log: ReadingLog) -> Document:
         document.text.encode()
     except UnicodeEncodeError:
         log.change(document.name, reason="half a surrogate pair, which UTF-8 cannot hold: replaced by U+FFFD")
-        return Document(name=document.name, text=whole_characters(document.text))
+        return replace(document, text=whole_characters(document.text))
     return document
 
 

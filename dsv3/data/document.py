@@ -13,6 +13,8 @@ class Document:
     name: str
     """Where it stands: a path, with the line or part behind a '#'."""
     text: str
+    provenance: str = ""
+    """Of text that a model made: what its record says of it, as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ Row i of a run is the same row on any number of ranks and after any number of re
 
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -17,10 +18,10 @@ from numpy import ndarray
 from torch import Tensor
 
 from dsv3.batch import IGNORE, TokenBatch
-from dsv3.config import PretrainConfig
+from dsv3.config import PretrainConfig, ShareConfig
 from dsv3.data.chance import hash_parts
 from dsv3.data.corpus import named_sources
-from dsv3.data.mixture import Mixture
+from dsv3.data.mixture import AnnealedMixture, Mixture, shared_weights
 from dsv3.data.packing import Packing, pack
 from dsv3.data.permutation import permuted
 from dsv3.data.prepared import PreparedCorpus
@@ -151,9 +152,10 @@ class RowLoader:
             )
             for source in prepared.sources
         ]
-        self._mixture = Mixture(source_weights(prepared, config=config), seed=seed)
-        for source, rows in zip(self.sources, self._rows, strict=True):
-            if not rows.counts.rows:
+        self._mixture = _mixture(prepared, config=config, sequence_length=sequence_length, seed=seed)
+        weights = source_weights(prepared, config=config)
+        for source, rows, weight in zip(self.sources, self._rows, weights, strict=True):
+            if weight and not rows.counts.rows:
                 raise DataError(f"the corpus at {prepared.folder} has no rows of '{source.name}'; prepare it again")
         self._pad_id = prepared.tokenizer().pad_id
 
@@ -250,25 +252,52 @@ def packed_rows(shard: Shard, sequence_length: int) -> Packing:
     return Packing(pieces=load_array(pieces), row_starts=load_array(starts))
 
 
+def _mixture(
+    prepared: PreparedCorpus, *, config: PretrainConfig, sequence_length: int, seed: int
+) -> Mixture | AnnealedMixture:
+    """Return what deals rows to sources."""
+    first = Mixture(source_weights(prepared, config=config), seed=seed)
+    mixture = config.data.mixture
+    if not mixture.annealing:
+        return first
+    last = Mixture(_shared(prepared, config=config, shares=mixture.annealing), seed=seed)
+    from_row = -(-max(config.total_tokens - mixture.annealing_tokens, 0) // sequence_length)
+    return AnnealedMixture(first, last=last, from_row=from_row)
+
+
 def source_weights(prepared: PreparedCorpus, *, config: PretrainConfig) -> list[float]:
-    """Return the weight of each prepared source: as configured, or its tokens where no source has a weight."""
-    weights = {source.name: source.weight for source in named_sources(config.data)}
+    """Return the weight of each prepared source: as configured, or its tokens where nothing says otherwise."""
     names = [source.name for source in prepared.sources]
-    missing = sorted(set(weights) - set(names) - {source.name for source in prepared.absent})
-    unknown = sorted(set(names) - set(weights))
-    if missing or unknown:
-        raise ConfigError(
-            f"data.sources names {', '.join(weights)}, but the corpus at {prepared.folder} was made from "
-            f"{', '.join(names)}; use the settings it was made with, or another run folder"
-        )
-    check_weights(config)
-    configured = [float(weights[name]) for name in names]
-    return configured if any(configured) else [float(source.tokens) for source in prepared.sources]
+    weights = {source.name: source.weight for source in named_sources(config.data)}
+    if not any(source.domain for source in prepared.sources):
+        missing = sorted(set(weights) - set(names) - {source.name for source in prepared.absent})
+        unknown = sorted(set(names) - set(weights))
+        if missing or unknown:
+            raise ConfigError(
+                f"data.sources names {', '.join(weights)}, but the corpus at {prepared.folder} was made from "
+                f"{', '.join(names)}; use the settings it was made with, or another run folder"
+            )
+        check_weights(config)
+        configured = [float(weights[name]) for name in names]
+        if any(configured):
+            return configured
+    return _shared(prepared, config=config, shares=config.data.mixture.shares)
+
+
+def _shared(prepared: PreparedCorpus, *, config: PretrainConfig, shares: Sequence[ShareConfig]) -> list[float]:
+    tokens = [(source.name, float(source.tokens)) for source in prepared.sources]
+    return shared_weights(tokens, shares=shares, temperature=config.data.mixture.temperature)
 
 
 def check_weights(config: PretrainConfig) -> None:
-    """Raise ConfigError when only some sources have a weight: tokens and shares are not on one scale."""
+    """Raise ConfigError when only some sources have a weight, or a mixture too: these are not on one scale."""
     sources = named_sources(config.data)
+    mixture = config.data.mixture
+    if any(source.weight for source in sources) and (mixture.shares or mixture.temperature != 1):
+        raise ConfigError(
+            "data.sources gives weights, and data.mixture says something else; leave out one of them "
+            "(data.sources of the quickstart's corpus have weights)"
+        )
     without = [source.name for source in sources if not source.weight]
     if without and len(without) < len(sources):
         raise ConfigError(

@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -79,6 +79,10 @@ def prepare_corpus(config: PretrainConfig, *, folder: Path, progress: ProgressCa
     report = progress or _no_progress
     check_weights(config)
     settings = corpus_settings(config)
+    curated = curated_source(config)
+    if curated is not None and not (folder / MARKER).is_file():
+        with _errors_of_the_disk(folder):
+            return adopt(curated, config=config, folder=folder, settings=settings)
     if (folder / MARKER).is_file():
         corpus = load_prepared(folder)
         _check_same_settings(corpus, settings=settings, is_shared=bool(config.start_from))
@@ -98,6 +102,60 @@ def prepare_corpus(config: PretrainConfig, *, folder: Path, progress: ProgressCa
     return corpus
 
 
+def curated_source(config: PretrainConfig) -> Path | None:
+    """Return the folder of `dsv3 data prepare` that is the run's corpus; None where its sources are text.
+
+    Raises:
+        ConfigError: such a folder stands among other sources.
+    """
+    folders = [Path(source.path).expanduser() for source in config.data.sources if "://" not in source.path]
+    curated = [folder for folder in folders if (folder / MARKER).is_file()]
+    if not curated:
+        return None
+    if len(config.data.sources) > 1:
+        raise ConfigError(
+            f"{curated[0]} is a corpus, and can only be the one source of a run; give its inputs and the others to "
+            "dsv3 data prepare together"
+        )
+    return curated[0]
+
+
+def adopt(curated: Path, *, config: PretrainConfig, folder: Path, settings: dict[str, Any]) -> PreparedCorpus:
+    """Make a corpus of `dsv3 data prepare` the one of a run: its shards stay where they are.
+
+    Raises:
+        ConfigError: it was made with other settings than the run's.
+        DataError: it cannot be read.
+        TokenizerError: its tokenizer does not fit the model.
+    """
+    found = load_prepared(curated)
+    made = found.settings.get("curation")
+    if made is None:
+        raise ConfigError(f"{curated} is a corpus of another run; start from that run's --config, or give its text")
+    for name in ("fim_rate", "boundary_split_rate"):
+        wanted, there = getattr(config.data, name), made["tokens"][name]
+        if wanted != there:
+            raise ConfigError(
+                f"data.{name} = {wanted}, and the corpus at {curated} was made with {there}; set data.{name}={there}, "
+                f"or prepare it again with tokens.{name}={wanted}"
+            )
+    if config.data.tokenizer:
+        raise ConfigError(f"data.tokenizer is set, and the corpus at {curated} has its own; leave it empty")
+    tokenizer = found.tokenizer()
+    check_tokenizer(tokenizer, config=config)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder / "tokenizer")
+    corpus = replace(
+        found,
+        folder=folder,
+        sources=tuple(replace(source, folder=str(found.source_folder(source).resolve())) for source in found.sources),
+        settings=settings,
+    )
+    _pack_sources(corpus, config=config, report=_no_progress)
+    save_prepared(corpus)
+    return corpus
+
+
 def corpus_settings(config: PretrainConfig) -> dict[str, Any]:
     """Return the settings that decide what is in a corpus; a corpus made with others is another corpus."""
     settings = {
@@ -114,8 +172,9 @@ def corpus_settings(config: PretrainConfig) -> dict[str, Any]:
 def _check_same_settings(corpus: PreparedCorpus, *, settings: dict[str, Any], is_shared: bool) -> None:
     found, settings = copy.deepcopy(corpus.settings), copy.deepcopy(settings)
     for one in (found, settings):
+        one["data"].pop("mixture", None)  # It says how rows are drawn, which another run may do otherwise.
         for source in one["data"]["sources"]:
-            source.pop("weight", None)  # It says how rows are drawn, which another run may do otherwise.
+            source.pop("weight", None)  # So does this.
         if is_shared:  # with a longer run, which has read as much of a stream as that one needed
             one.pop("total_tokens", None)
     if found == settings:
@@ -306,7 +365,9 @@ def _pack_sources(corpus: PreparedCorpus, *, config: PretrainConfig, report: Pro
         rows += packed_rows(Shard(file, vocab_size=corpus.vocab_size), config.batch.sequence_length).num_rows
     report("pack", len(files), len(files))
     if rows < MIN_ROWS:
-        shutil.rmtree(corpus.folder / WORK)  # More text may come under the same paths: read them again then.
+        shutil.rmtree(
+            corpus.folder / WORK, ignore_errors=True
+        )  # More text may come under the same paths: read them again then.
         tokens = sum(source.tokens for source in corpus.sources)
         raise DataError(
             f"the corpus has {tokens:,} tokens, which fill {rows} rows of batch.sequence_length = "

@@ -31,7 +31,7 @@ class PreparedSource:
     path: str
     """As configured: a path, hf://NAME or builtin://NAME."""
     folder: str
-    """Its folder below the corpus folder."""
+    """Its folder below the corpus folder, or, of a corpus that lies elsewhere, where that is."""
     documents: int
     """Documents trained on."""
     bytes: int
@@ -48,6 +48,8 @@ class PreparedSource:
     """Files, lines and documents that are not in the corpus, by reason."""
     changed: tuple[Remark, ...]
     """Those that are, but not byte for byte, by reason."""
+    domain: str = ""
+    """Of a corpus of `dsv3 data prepare`, by which `data.mixture` weighs it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,8 @@
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
+from io import BufferedReader
 from typing import Any, cast
 
 import pyarrow
@@ -13,12 +13,14 @@ import pyarrow.parquet
 from dsv3.data.chat_template import render_template
 from dsv3.data.document import Document, ReadingLog
 from dsv3.data.special_tokens import BOS, CHAT_TEMPLATE, EOS
-from dsv3.data.text_file import decode_text
+from dsv3.data.text_file import Openable, decode_text
 from dsv3.errors import TokenizerError
 
 TEXT_FIELDS = ("text", "content")
 FIELDS = (*TEXT_FIELDS, "messages", "prompt", "completion")
 """Fields that are looked at; any others of a record are left alone."""
+PROVENANCE = "provenance"
+"""Of text that a model made: which model, and how (`dsv3 distill` writes it)."""
 MAX_LINE_BYTES = 64 * 2**20
 """A longer line is not read as a whole: it would have to fit in memory several times over."""
 
@@ -56,32 +58,41 @@ def read_record(record: Any, *, name: str, log: ReadingLog) -> Iterator[Document
     if text is None:
         log.skip(name, reason="no readable field " + ", ".join(f"'{field}'" for field in FIELDS[:-1]) + "+'completion'")
         return
-    yield Document(name=name, text=text)
+    about = record.get(PROVENANCE)
+    yield Document(name=name, text=text, provenance=json.dumps(about, sort_keys=True, default=str) if about else "")
 
 
-def read_json_lines(path: Path, *, name: str, log: ReadingLog) -> Iterator[Document]:
+def read_json_lines(
+    path: Openable, *, name: str, log: ReadingLog, max_line_bytes: int = MAX_LINE_BYTES
+) -> Iterator[Document]:
     """Yield the documents of a .jsonl or .jsonl.gz file. Raises OSError when it cannot be read.
 
     Lines end at line feeds alone: U+2028 and its like are part of a text.
     """
-    with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as file:
+    with path.open("rb") as stored, open_lines(stored, name=path.name) as file:
         number = 0
         try:
-            while line := file.readline(MAX_LINE_BYTES):
+            while line := file.readline(max_line_bytes):
                 number += 1
-                yield from _read_line(line, readline=file.readline, name=f"{name}#{number}", log=log)
+                long = len(line) == max_line_bytes and not line.endswith(b"\n")
+                if long:
+                    while line and not line.endswith(b"\n"):
+                        line = file.readline(max_line_bytes)
+                    log.skip(f"{name}#{number}", reason=f"line longer than {max_line_bytes >> 20} MiB")
+                else:
+                    yield from _read_line(line, name=f"{name}#{number}", log=log)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             log.skip(f"{name}#{number + 1}", reason=f"broken gzip file from here on ({type(error).__name__})")
         if not number:
             log.skip(name, reason="empty")
 
 
-def _read_line(line: bytes, *, readline: Callable[[int], bytes], name: str, log: ReadingLog) -> Iterator[Document]:
-    if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-        while line and not line.endswith(b"\n"):
-            line = readline(MAX_LINE_BYTES)
-        log.skip(name, reason=f"line longer than {MAX_LINE_BYTES >> 20} MiB")
-        return
+def open_lines(stored: BufferedReader, *, name: str) -> gzip.GzipFile | BufferedReader:
+    """Return a file as it reads, compressed or not."""
+    return gzip.GzipFile(fileobj=stored) if name.lower().endswith(".gz") else stored
+
+
+def _read_line(line: bytes, *, name: str, log: ReadingLog) -> Iterator[Document]:
     if not line.strip():
         return
     try:
@@ -92,15 +103,16 @@ def _read_line(line: bytes, *, readline: Callable[[int], bytes], name: str, log:
     yield from read_record(record, name=name, log=log)
 
 
-def read_parquet(path: Path, *, name: str, log: ReadingLog) -> Iterator[Document]:
+def read_parquet(path: Openable, *, name: str, log: ReadingLog) -> Iterator[Document]:
     """Yield the documents of a Parquet table, a few hundred rows at a time. Raises OSError when it cannot be read."""
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as table:
+        with path.open("rb") as file, pyarrow.parquet.ParquetFile(file) as table:
             columns = [field for field in FIELDS if field in table.schema_arrow.names]
             if not columns:
                 log.skip(name, reason="no column " + ", ".join(f"'{field}'" for field in FIELDS))
                 return
+            columns += [PROVENANCE] if PROVENANCE in table.schema_arrow.names else []
             for rows in table.iter_batches(batch_size=256, columns=columns):
                 for record in rows.to_pylist():
                     number += 1

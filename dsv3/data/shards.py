@@ -36,12 +36,14 @@ class ShardWriter:
     """Collects documents and writes a shard whenever there are enough tokens; holds one shard in memory.
 
     Whole shards that an earlier, interrupted writer left in the folder are kept: `num_documents` says how many
-    documents they hold, and writing goes on after them.
+    documents they hold, and writing goes on after them. Several writers may share a folder, each with a `part` of its
+    own, which begins the names of its shards and so decides their order.
     """
 
-    def __init__(self, folder: Path, *, vocab_size: int, shard_tokens: int) -> None:
+    def __init__(self, folder: Path, *, vocab_size: int, shard_tokens: int, part: str = "") -> None:
         self.folder = folder
-        whole = [Shard(file, vocab_size=vocab_size) for file in shard_files(folder)]
+        self.part = part
+        whole = [Shard(file, vocab_size=vocab_size) for file in shard_files(folder, part=part)]
         self.num_shards = len(whole)
         self.num_documents = sum(shard.num_documents for shard in whole)
         self._dtype = token_dtype(vocab_size)
@@ -63,7 +65,7 @@ class ShardWriter:
         """Write what has been collected as a shard; nothing when nothing has."""
         if not self._documents:
             return
-        stem = f"shard-{self.num_shards:05d}"
+        stem = f"shard-{self.part}{self.num_shards:05d}"
         offsets = np.cumsum([0] + [len(document) for document in self._documents], dtype=np.int64)
         with whole_file(self.folder / f"{stem}.names.jsonl") as file:
             file.writelines(json.dumps(name).encode() + b"\n" for name in self._names)
@@ -126,9 +128,9 @@ class Shard:
             ) from error
 
 
-def shard_files(folder: Path) -> Iterator[Path]:
-    """Yield the shards of a source in order."""
-    yield from sorted(folder.glob("shard-*.bin"))
+def shard_files(folder: Path, *, part: str = "") -> Iterator[Path]:
+    """Yield the shards of a source in order, or those of one part of it."""
+    yield from sorted(folder.glob(f"shard-{part}*.bin"))
 
 
 def load_array(path: Path) -> Shaped[ndarray, "..."]:

@@ -2,8 +2,8 @@
 
 import codecs
 from collections.abc import Iterator
-from io import BufferedReader
-from pathlib import Path
+from io import BufferedReader, TextIOWrapper
+from typing import Literal, Protocol, runtime_checkable
 
 from dsv3.data.document import Document, ReadingLog
 
@@ -22,7 +22,21 @@ BYTE_ORDER_MARKS = (
 )
 
 
-def read_text_file(path: Path, *, name: str, log: ReadingLog) -> Iterator[Document]:
+@runtime_checkable
+class Openable(Protocol):
+    """A file that can be opened for reading again and again: a `Path`, or one behind a URL."""
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        ...
+
+    def open(self, mode: Literal["rb"]) -> BufferedReader:
+        """Open it."""
+        ...
+
+
+def read_text_file(path: Openable, *, name: str, log: ReadingLog, piece_bytes: int = PIECE_BYTES) -> Iterator[Document]:
     """Yield the text of a file, in several documents when it is long. Raises OSError when it cannot be read."""
     with path.open("rb") as file:
         beginning = file.read(PROBE_BYTES)
@@ -33,9 +47,9 @@ def read_text_file(path: Path, *, name: str, log: ReadingLog) -> Iterator[Docume
             log.skip(name, reason="empty")
         elif wide == "utf-8":
             file.seek(0)
-            yield from _read_bytes(file, name=name, log=log)
+            yield from _read_bytes(file, name=name, log=log, piece_bytes=piece_bytes)
         else:
-            yield from _read_wide(path, name=name, encoding=wide, log=log)
+            yield from _read_wide(path, name=name, encoding=wide, log=log, piece_bytes=piece_bytes)
 
 
 def decode_text(data: bytes, *, name: str, log: ReadingLog) -> str:
@@ -54,11 +68,11 @@ def looks_binary(beginning: bytes) -> bool:
     return b"\0" in beginning or control > MAX_CONTROL_SHARE * len(beginning)
 
 
-def _read_bytes(file: BufferedReader, *, name: str, log: ReadingLog) -> Iterator[Document]:
+def _read_bytes(file: BufferedReader, *, name: str, log: ReadingLog, piece_bytes: int) -> Iterator[Document]:
     part = 0
-    while piece := file.read(PIECE_BYTES):
-        if len(piece) == PIECE_BYTES:
-            piece += file.readline(PIECE_BYTES)
+    while piece := file.read(piece_bytes):
+        if len(piece) == piece_bytes:
+            piece += file.readline(piece_bytes)
             while (following := file.peek(1)[:1]) and not piece.endswith(b"\n") and 0x80 <= following[0] < 0xC0:
                 piece += file.read(1)  # The end of a line never came; a character is not to be cut all the same.
         part_name = f"{name}#{part}" if part or file.peek(1) else name
@@ -66,12 +80,12 @@ def _read_bytes(file: BufferedReader, *, name: str, log: ReadingLog) -> Iterator
         part += 1
 
 
-def _read_wide(path: Path, *, name: str, encoding: str, log: ReadingLog) -> Iterator[Document]:
+def _read_wide(path: Openable, *, name: str, encoding: str, log: ReadingLog, piece_bytes: int) -> Iterator[Document]:
     """Read UTF-16 or UTF-32, which no byte-wise rule applies to."""
     try:
-        with path.open(encoding=encoding, newline="") as file:
+        with TextIOWrapper(path.open("rb"), encoding=encoding, newline="") as file:
             part = 0
-            while text := file.read(PIECE_BYTES):
+            while text := file.read(piece_bytes):
                 yield Document(name=f"{name}#{part}" if part else name, text=text)
                 part += 1
     except UnicodeDecodeError:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dsv3.batch import TokenBatch
 from dsv3.config import EngineConfig
-from dsv3.errors import CheckpointError, ConfigError, Dsv3Error
+from dsv3.errors import CheckpointError, ConfigError, Dsv3Error, RankLostError
 from dsv3.infer.handover import Handover, MtpHandover, PageSink
 from dsv3.infer.request import EngineStats, FinishReason, Request, TokenEvent, TokenLogprob
 from dsv3.infer.runner import Runner
@@ -181,6 +181,8 @@ class Engine:
             self._read(outcomes)
             num_wanted = self._draft_length.choose(num_sequences=len(works))
             self._draft(outcomes, num_wanted=num_wanted)
+        except RankLostError:  # What ranks have begun together no rank can go on with by itself.
+            raise
         except Exception as error:  # Whatever a model may raise: this step's requests fail, the engine goes on.
             log.exception("a step failed; its %d requests are ended", len(works))
             for outcome in outcomes:

@@ -94,7 +94,7 @@ class LoadedModel:
         cache_tokens: int | None = None,
         drafts: int = 0,
     ) -> None:
-        self.runner = runner
+        self.runner: Runner = runner
         self.source = source
         """Where the weights came from."""
         self.is_base = is_base

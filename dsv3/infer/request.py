@@ -94,6 +94,29 @@ class TokenEvent:
 
 
 @dataclass(kw_only=True)
+class ExpertStats:
+    """What the experts on one of several ranks have done, and how evenly the ranks share the work."""
+
+    num_rows: int = 0
+    """Rows that experts here have computed: one for each token and expert."""
+    balance: float | None = None
+    """Mean rows of a rank divided by the most that one had, averaged over layers: from the newest look to that before
+    it. 1 is even. None before there was one."""
+    num_changes: int = 0
+    """Times that experts were placed anew."""
+    num_moves: int = 0
+    """Experts whose weights have come here."""
+    moved_bytes: int = 0
+    load_before: float | None = None
+    """Load of this rank that the newest look found for the placement there was; 1 is its fair share."""
+    load_after: float | None = None
+    """What it expects of the one that it chose."""
+    balance_before: float | None = None
+    """`balance` of all ranks, in the same way."""
+    balance_after: float | None = None
+
+
+@dataclass(kw_only=True)
 class EngineStats:
     """Counts since the engine started, and what it holds now."""
 
@@ -118,6 +141,8 @@ class EngineStats:
     """Those of them that were right and counted."""
     finished: dict[str, int] = field(default_factory=dict)
     """Requests by finish reason."""
+    experts: ExpertStats | None = None
+    """Where experts are spread over ranks: what those of this one have done. Sums have none."""
 
     def plus(self, other: "EngineStats") -> "EngineStats":
         """Return what two engines have counted and hold together; lists are added place by place."""
@@ -129,7 +154,7 @@ class EngineStats:
                 return {key: mine.get(key, 0) + its.get(key, 0) for key in {**mine, **its}}
             return mine + its
 
-        names = [one.name for one in fields(self)]
+        names = [one.name for one in fields(self) if one.name != "experts"]
         return EngineStats(**{name: added(getattr(self, name), getattr(other, name)) for name in names})
 
     def counts(self) -> "EngineStats":

@@ -171,6 +171,30 @@ class ExchangedTokens(DispatchedTokens):
     sent: tuple[Sent, ...]
     """By hop."""
 
+    def sums(self, outputs: Float[Tensor, "row hidden"]) -> Float[Tensor, "arrived hidden"]:
+        """Return the sum of the experts' outputs for each row that came."""
+        return add_by_index(outputs, index=self.source, num_sums=self.num_arrived)
+
+
+def by_expert(given: Given, *, num_experts: int, sent: tuple[Sent, ...] = ()) -> ExchangedTokens:
+    """Return a copy of each row for every one of the experts here that it is for, grouped by expert."""
+    row, choice = (given.places >= 0).nonzero(as_tuple=True)
+    expert = given.places[row, choice]
+    order = expert.argsort(stable=True)
+    row, choice = row[order], choice[order]
+    origin = torch.full_like(given.places, -1)
+    origin[row, choice] = torch.arange(len(order), device=order.device)
+    return ExchangedTokens(
+        rows=given.rows.index_select(0, row),
+        rows_per_expert=torch.bincount(expert, minlength=num_experts).tolist(),
+        gates=given.gates[row, choice],
+        source=row,
+        origin=origin,
+        gathered_here=False,
+        num_arrived=len(given.rows),
+        sent=sent,
+    )
+
 
 @dataclass(kw_only=True)
 class AllToAllDispatch:
@@ -197,27 +221,12 @@ class AllToAllDispatch:
             further = hop.send(hop.announce(given))
             given = hop.receive(further)
             records.append(further.sent)
-        row, choice = (given.places >= 0).nonzero(as_tuple=True)
-        expert = given.places[row, choice]
-        order = expert.argsort(stable=True)
-        row, choice = row[order], choice[order]
-        origin = torch.full_like(given.places, -1)
-        origin[row, choice] = torch.arange(len(order), device=order.device)
-        return ExchangedTokens(
-            rows=given.rows.index_select(0, row),
-            rows_per_expert=torch.bincount(expert, minlength=self.hops[-1].experts_per_rank).tolist(),
-            gates=given.gates[row, choice],
-            source=row,
-            origin=origin,
-            gathered_here=False,
-            num_arrived=len(given.rows),
-            sent=tuple(records),
-        )
+        return by_expert(given, num_experts=self.hops[-1].experts_per_rank, sent=tuple(records))
 
     def send_back(self, outputs: Float[Tensor, "row hidden"], *, dispatched: DispatchedTokens) -> GoingHome:
         """Sum the outputs of each row that came, bring the sums through the inner hops, and begin the first's."""
         assert isinstance(dispatched, ExchangedTokens)
-        sums = add_by_index(outputs, index=dispatched.source, num_sums=dispatched.num_arrived)
+        sums = dispatched.sums(outputs)
         for hop, sent in zip(self.hops[:0:-1], dispatched.sent[:0:-1], strict=True):
             sums = hop.receive_back(hop.send_back(sums, sent=sent))
         return self.hops[0].send_back(sums, sent=dispatched.sent[0])

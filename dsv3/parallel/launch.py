@@ -1,16 +1,17 @@
-"""From the processes that torchrun has started to ranks that can talk."""
+"""From processes that have been started, by torchrun or by a server, to ranks that can talk."""
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from math import lcm
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from dsv3.config import ModelConfig, ParallelConfig
-from dsv3.errors import ConfigError
+from dsv3.errors import ConfigError, RankLostError
 from dsv3.parallel.ranks import Alone, Ranks
 from dsv3.runtime.device import choose_device
 from dsv3.runtime.log import ROOT, get_logger
@@ -60,6 +61,34 @@ def open_ranks(
     dist.init_process_group(_backend(device), store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         yield Ranks(config, model=model, sequence_length=sequence_length)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def open_group(
+    folder: Path, *, rank: int, size: int, begin_seconds: float, timeout_seconds: float
+) -> Iterator[dist.ProcessGroup]:
+    """Join ranks on this machine that are told the same empty folder, and leave them at the end.
+
+    They have `begin_seconds` to come, and then talk over gloo; what they wait for after that breaks with a RuntimeError
+    when it takes longer than `timeout_seconds`.
+
+    Raises:
+        RankLostError: one of them has not come.
+    """
+    store = dist.FileStore(str(folder / "store"), size)  # type: ignore[attr-defined]
+    store.set(f"rank-{rank}", "is here")
+    try:
+        store.wait([f"rank-{one}" for one in range(size)], timedelta(seconds=begin_seconds))
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_seconds)
+        )
+    except RuntimeError as error:
+        raise RankLostError(f"not all of the {size} ranks that share experts have come: {error}") from error
+    try:
+        assert dist.group.WORLD is not None
+        yield dist.group.WORLD
     finally:
         dist.destroy_process_group()
 

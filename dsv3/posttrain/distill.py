@@ -16,9 +16,9 @@ from typing import Any
 
 from dsv3.config.files import to_dict
 from dsv3.config.teaching import DistillConfig
+from dsv3.data.contamination import Exclusions
 from dsv3.errors import ConfigError
 from dsv3.posttrain.candidates import CandidateFile
-from dsv3.posttrain.contamination import Exclusions
 from dsv3.posttrain.distilled_set import Counts, Samples, card_of, with_system, write_set
 from dsv3.posttrain.problem import Problem
 from dsv3.posttrain.rewards import Reward, rewards_named

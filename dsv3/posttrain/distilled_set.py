@@ -13,9 +13,9 @@ from statistics import fmean
 from typing import Any
 
 from dsv3.config.teaching import DistillConfig
+from dsv3.data.contamination import IN_A_ROW, WHOLE, Exclusions
 from dsv3.errors import DataError
 from dsv3.posttrain.candidates import CandidateFile
-from dsv3.posttrain.contamination import IN_A_ROW, WHOLE, Exclusions
 from dsv3.posttrain.problem import Message, Problem
 from dsv3.posttrain.selection import CONTAMINATED, COPY, REASONS, select
 from dsv3.posttrain.teacher import Candidate, Question, file_hash

@@ -49,7 +49,9 @@ from dsv3.serve.worker import NOT_READY, Worker
 log = get_logger(__name__)
 
 MOST_ATTEMPTS = 4
-"""To answer one request, before its client is told that it failed."""
+"""To answer one request, before its client is told that it failed; some request may be what ends the workers."""
+TOKENS_AN_ATTEMPT = 64
+"""For so many tokens told there may be one attempt more: a long answer outlives many workers."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -246,6 +248,7 @@ class Deployment:
         assert task.decoder.worker is not None
         address = task.decoder.worker.ready.address
         task.reader.send(self._ask(task, hand_to=HandTo(address, task.first_page)))
+        task.reader.group.wake()
 
     def _has_read(self, task: Task, event: TokenEvent) -> None:
         """Tell the first token of an attempt, and what the decoder has said by then."""
@@ -275,7 +278,7 @@ class Deployment:
         self._withdraw(task)
         task.attempt += 1
         task.early, task.is_adopted, task.moving_since = [], False, None
-        if task.attempt >= MOST_ATTEMPTS:
+        if task.attempt >= MOST_ATTEMPTS + len(task.tokens) // TOKENS_AN_ATTEMPT:
             self._inboxes.fail(task.ask.id, f"given up after {task.attempt} attempts; the last one ended because {why}")
             self._end(task)
             return
@@ -305,10 +308,14 @@ class Deployment:
 
     def _take(self, slot: Slot, message: FromEngine) -> None:
         if isinstance(message, Progress):
-            slot.pace.take(message.stats)
+            if slot.group.is_one_alone:  # others go in step, and are as fast as each other
+                slot.pace.take(message.stats)
             for event in message.events:
                 self._take_event(slot, event)
-        elif isinstance(message, Checked):
+            return
+        if isinstance(message, Adopted):
+            slot.group.wake()  # whoever has asked may have left, but the worker has work
+        if isinstance(message, Checked):
             assert slot.worker is not None
             self._checks[slot.worker].pop(0).set_result(message.fault)
         elif isinstance(message, Refused | Room | Adopted | Lost) and (task := self._tasks.get(message.id)):

@@ -11,18 +11,24 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 import zmq
+from torch.distributed import ProcessGroup
 
 from dsv3.config import ServerConfig
-from dsv3.errors import Dsv3Error
+from dsv3.errors import Dsv3Error, RankLostError
+from dsv3.infer.engine import Engine
 from dsv3.infer.loaded import load
 from dsv3.infer.packed_runner import PackedRunner
-from dsv3.infer.request import Request
+from dsv3.infer.ranks_runner import RanksRunner, step_together
+from dsv3.infer.request import EngineStats, Request, TokenEvent
+from dsv3.parallel.launch import open_group
 from dsv3.runtime.device import set_threads
 from dsv3.runtime.log import get_logger, show_log
 from dsv3.serve.grammar import GrammarFactory
@@ -46,6 +52,7 @@ from dsv3.serve.messages import (
     Room,
     Stop,
     ToEngine,
+    Wake,
     decode_to_engine,
     encode,
 )
@@ -55,6 +62,10 @@ log = get_logger(__name__)
 
 IDLE_MILLISECONDS = 1000
 """How long to wait for a message before looking whether the parent is still there."""
+BEGIN_SECONDS = 600.0
+"""For the ranks of a group to load the model, the fastest to the slowest; the parent ends them if one cannot."""
+PARTING_MILLISECONDS = 1000
+"""Between the ranks of a group hearing that they are to end."""
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 T = TypeVar("T")
 
@@ -81,6 +92,9 @@ def main() -> None:
             transport = at_the_end.enter_context(closing(SocketTransport(context, secret=settings.secret)))
         try:
             service = EngineService(settings.config, tell=tell, transport=transport)
+            if settings.place is not None:
+                service.share_experts(at_the_end.enter_context(joined(settings)), decodes=settings.place.decodes)
+            service.begin()
         except Dsv3Error as error:
             tell(Broken(str(error)))
             return
@@ -88,7 +102,33 @@ def main() -> None:
             tell(Broken(f"{error.strerror}: {error.filename}" if error.filename else str(error)))
             return
         tell(service.ready())
-        run(service, socket=socket, parent=parent)
+        try:
+            run(service, socket=socket, parent=parent)
+        except RankLostError as error:
+            if not is_told_to_stop(socket):
+                log.error("%s; this process ends with it, and all that share experts are to be started again", error)
+                sys.exit(1)
+
+
+def joined(settings: ProcessSettings) -> AbstractContextManager[ProcessGroup]:
+    """Return the group of ranks that this process belongs to, once all have loaded the model."""
+    place = settings.place
+    assert place is not None
+    return open_group(
+        Path(place.folder),
+        rank=place.rank,
+        size=place.size,
+        begin_seconds=BEGIN_SECONDS,
+        timeout_seconds=settings.config.worker_timeout_seconds / 2,  # before the parent finds all of them silent
+    )
+
+
+def is_told_to_stop(socket: "zmq.Socket[bytes]") -> bool:
+    """Whether the others have gone because all are to end."""
+    while socket.poll(PARTING_MILLISECONDS):
+        if isinstance(decode_to_engine(socket.recv()), Stop):
+            return True
+    return False
 
 
 def run(service: "EngineService", *, socket: "zmq.Socket[bytes]", parent: int) -> None:
@@ -99,7 +139,7 @@ def run(service: "EngineService", *, socket: "zmq.Socket[bytes]", parent: int) -
         poller.register(service.transport.inward, zmq.POLLIN)
     is_checked, heard = True, time.monotonic()
     while os.getppid() == parent:
-        poller.poll(0 if service.engine.has_work else IDLE_MILLISECONDS)
+        poller.poll(0 if service.is_busy else IDLE_MILLISECONDS)
         while socket.poll(0):
             message = decode_to_engine(socket.recv())
             if isinstance(message, Stop):
@@ -107,15 +147,17 @@ def run(service: "EngineService", *, socket: "zmq.Socket[bytes]", parent: int) -
             service.take(message)
         service.take_pages()
         if service.engine.has_work:
-            events = service.engine.step()
-            service.tell(Progress(events, service.engine.stats()))
+            events = service.step()
+            service.tell(Progress(events, service.stats()))
             is_checked, heard = False, time.monotonic()
+        elif service.is_busy:
+            service.step()
         elif not is_checked:
             is_checked = True
             if fault := service.fault():
                 log.error("the cache's books do not add up: %s; restart the server, and tell us of it", fault)
         if time.monotonic() - heard > IDLE_MILLISECONDS / 1000:
-            service.tell(Alive())
+            service.tell(Alive() if service.runs_alone else Progress([], service.stats()))
             heard = time.monotonic()
 
 
@@ -126,8 +168,16 @@ class EngineService:
         self, config: ServerConfig, *, tell: Callable[[FromEngine], None], transport: SocketTransport | None = None
     ) -> None:
         set_threads(config.threads)
-        self._loaded = load(config.model, weights=config.weights, device=config.device, drafts=config.engine.max_drafts)
-        self.engine = self._loaded.new_engine(config.engine, cache_tokens=config.cache_tokens)
+        self._config = config
+        self._loaded = load(
+            config.model,
+            weights=config.weights,
+            device="cpu" if config.expert_parallel else config.device,
+            plain=config.expert_parallel,
+            drafts=config.engine.max_drafts,
+        )
+        self._ranks: RanksRunner | None = None
+        self.engine: Engine
         self.tell = tell
         self.transport = transport
         self._grammars: GrammarFactory | None = None
@@ -135,12 +185,47 @@ class EngineService:
         """Requests that others read, in order, for which there are no pages yet."""
         self._incoming: dict[str, Incoming] = {}
 
+    def share_experts(self, group: ProcessGroup, *, decodes: bool) -> None:
+        """Keep a part of the experts, and go in step with the ranks that have the others.
+
+        Raises:
+            ConfigError: experts do not divide over the ranks.
+        """
+        engine, ranks = self._config.engine, self._config.expert_ranks
+        fixed = engine.max_sequences * (1 + engine.max_drafts) if decodes else 0
+        self._ranks = RanksRunner(self._loaded.model, group=group, config=replace(ranks, fixed_step_tokens=fixed))
+        self._loaded.runner = self._ranks
+
+    def begin(self) -> None:
+        """Make the engine."""
+        self.engine = self._loaded.new_engine(self._config.engine, cache_tokens=self._config.cache_tokens)
+
+    @property
+    def runs_alone(self) -> bool:
+        """Whether all experts are here."""
+        return self._ranks is None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is anything to compute, be it for others."""
+        return self.engine.has_work or (self._ranks is not None and self._ranks.is_awake)
+
+    def step(self) -> list[TokenEvent]:
+        """Make a step, or take part in one of others."""
+        return self.engine.step() if self._ranks is None else step_together(self.engine, runner=self._ranks)
+
+    def stats(self) -> EngineStats:
+        """Return what has been counted."""
+        return replace(self.engine.stats(), experts=None if self._ranks is None else self._ranks.stats())
+
     def ready(self) -> Ready:
         """Return what there is to say once the model is loaded."""
         engine = self.engine.config
         runner, weights = self._loaded.runner, "the model that trains"
         if isinstance(runner, PackedRunner):
             weights = f"{runner.model.format_name}, {runner.model.num_bytes / 1e9:.2f} GB"
+        if self._ranks is not None:
+            weights += f", experts over {self._ranks.num_ranks} ranks"
         return Ready(
             context_limit=self.engine.context_limit,
             num_embeddings=runner.config.vocab_size,
@@ -168,6 +253,9 @@ class EngineService:
         elif isinstance(message, Leave):
             assert self.transport is not None
             self.transport.abort(message.address)
+        elif isinstance(message, Wake):
+            assert self._ranks is not None
+            self._ranks.wake(message.number)
         elif isinstance(message, Check):
             self.tell(Checked(self.fault()))
 

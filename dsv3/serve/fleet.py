@@ -1,15 +1,22 @@
-"""The processes of a deployment: started side by side, watched, started again when they end or fall silent."""
+"""The processes of a deployment: started side by side, watched, started again when they end or fall silent.
+
+Those that share the experts of their layers are a group, which begins and ends as a whole: what its ranks were in the
+midst of, none of them can go on with alone.
+"""
 
 import asyncio
+import tempfile
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import msgspec
+
 from dsv3.errors import ConfigError
 from dsv3.infer.request import EngineStats
 from dsv3.runtime.log import get_logger
-from dsv3.serve.messages import FromEngine, ProcessSettings, ToEngine
+from dsv3.serve.messages import FromEngine, ProcessSettings, RankPlace, ToEngine, Wake
 from dsv3.serve.placing import KnownPrefixes, Pace
 from dsv3.serve.worker import Worker
 
@@ -45,16 +52,50 @@ class Slot:
     is_given_up: bool = False
     pace: Pace = field(default_factory=Pace)
     prefixes: KnownPrefixes = field(default_factory=lambda: KnownPrefixes(most=1))
+    group: "Group"
 
     @property
     def is_up(self) -> bool:
-        """Whether it takes requests."""
-        return self.worker is not None and self.worker.is_alive
+        """Whether it takes requests: for that all of its group must be there."""
+        return all(slot.worker is not None and slot.worker.is_alive for slot in self.group.slots)
 
     def send(self, message: ToEngine) -> None:
         """Say something to the worker, if there is one."""
         if self.worker is not None:
             self.worker.send(message)
+
+
+@dataclass(kw_only=True, eq=False)
+class Group:
+    """Slots whose workers begin and end together: those that share experts, or one alone."""
+
+    slots: list[Slot] = field(default_factory=list)
+    folder: tempfile.TemporaryDirectory[str] | None = None
+    """Where its ranks find each other; none for one alone."""
+    num_woken: int = 0
+
+    @property
+    def is_one_alone(self) -> bool:
+        """Whether there is nobody to be in step with."""
+        return len(self.slots) == 1
+
+    def wake(self) -> None:
+        """Tell all ranks that one of them has work, or will have."""
+        if not self.is_one_alone:
+            self.num_woken += 1
+            for slot in self.slots:
+                slot.send(Wake(self.num_woken))
+
+    def place_of(self, slot: Slot) -> RankPlace | None:
+        """Return what a worker is told of the others."""
+        if self.folder is None:
+            return None
+        return RankPlace(
+            folder=self.folder.name,
+            rank=self.slots.index(slot),
+            size=len(self.slots),
+            decodes=slot.kind is Kind.DECODE,
+        )
 
 
 class Fleet:
@@ -70,10 +111,9 @@ class Fleet:
         on_ready: Callable[[Slot], None],
         on_death: Callable[[], None],
     ) -> None:
-        self.slots = [
-            Slot(name=f"{kind}-{place}", kind=kind) for kind, count in numbers.items() for place in range(count)
-        ]
         self._settings = settings
+        self._groups = [group for kind, count in numbers.items() for group in self._groups_of(kind, count=count)]
+        self.slots = [slot for group in self._groups for slot in group.slots]
         self._on_message = on_message
         self._on_loss = on_loss
         self._on_ready = on_ready
@@ -111,14 +151,12 @@ class Fleet:
         Raises:
             ConfigError: it cannot be loaded; the message is the engine's.
         """
-        for slot in self.slots:
-            slot.worker = self._new_worker(slot)
-        ended = await asyncio.gather(*(worker.start() for worker in self.workers), return_exceptions=True)
+        ended = await asyncio.gather(*map(self._start_group, self._groups), return_exceptions=True)
         for error in ended:
             if isinstance(error, BaseException):
                 raise error
-        for slot in self.slots:
-            self._welcome(slot)
+        for group in self._groups:
+            self._welcome(group)
 
     async def stop(self) -> None:
         """End all processes and free everything."""
@@ -127,6 +165,9 @@ class Fleet:
         if self._beside:
             await asyncio.wait(self._beside)
         await asyncio.gather(*(worker.stop() for worker in self.workers))
+        for group in self._groups:
+            if group.folder is not None:
+                group.folder.cleanup()
 
     def end_silent(self, *, after_seconds: float) -> None:
         """End workers that have said nothing for so long; idle ones say so every second."""
@@ -144,48 +185,94 @@ class Fleet:
         self._beside.add(task)
         task.add_done_callback(self._beside.discard)
 
-    def _new_worker(self, slot: Slot) -> Worker:
-        return Worker(self._settings, name=slot.name, on_message=self._take, on_end=self._lose)
+    def _groups_of(self, kind: Kind, *, count: int) -> list[Group]:
+        """Return the groups of one kind: one of all workers where they share experts, else one for each."""
+        size = count if self._settings.config.expert_parallel else 1
+        groups = [Group() for _ in range(count // size)]
+        for place in range(count):
+            group = groups[place // size]
+            group.slots.append(Slot(name=f"{kind}-{place}", kind=kind, group=group))
+        return groups
+
+    async def _start_group(self, group: Group) -> None:
+        """Start all workers of a group, and return when they have the model; if one has not, end the others."""
+        if not group.is_one_alone:
+            if group.folder is not None:
+                group.folder.cleanup()
+            group.folder = tempfile.TemporaryDirectory(prefix="dsv3-ranks-")
+            group.num_woken = 0
+        workers = []
+        for slot in group.slots:
+            settings = msgspec.structs.replace(self._settings, place=group.place_of(slot))
+            slot.worker = Worker(settings, name=slot.name, on_message=self._take, on_end=self._lose)
+            workers.append(slot.worker)
+        starts = [asyncio.ensure_future(worker.start()) for worker in workers]
+        try:
+            done, _ = await asyncio.wait(starts, return_when=asyncio.FIRST_EXCEPTION)
+            errors = [error for start in done if (error := start.exception()) is not None]
+            if errors:
+                raise errors[0]
+        except BaseException:
+            for worker in workers:
+                worker.abandon()
+            await asyncio.gather(*starts, return_exceptions=True)
+            await asyncio.gather(*(worker.stop() for worker in workers))
+            raise
 
     def _take(self, worker: Worker, message: FromEngine) -> None:
         if slot := self._slot_of.get(worker):
             self._on_message(slot, message)
 
-    def _welcome(self, slot: Slot) -> None:
-        assert slot.worker is not None
-        self._slot_of[slot.worker] = slot
-        slot.started = time.monotonic()
-        slot.pace, slot.prefixes = Pace(), KnownPrefixes(most=slot.worker.ready.num_pages)
-        self._on_ready(slot)
+    def _welcome(self, group: Group) -> None:
+        for slot in group.slots:
+            assert slot.worker is not None
+            self._slot_of[slot.worker] = slot
+            slot.started = time.monotonic()
+            slot.pace, slot.prefixes = Pace(), KnownPrefixes(most=slot.worker.ready.num_pages)
+        for slot in group.slots:
+            self._on_ready(slot)
 
     def _lose(self, worker: Worker) -> None:
-        slot = self._slot_of.pop(worker)
-        self._past = self._past.plus(worker.stats.counts())
-        slot.worker = None
-        if time.monotonic() - slot.started > LONG_LIVED_SECONDS:
-            slot.num_failed_starts = 0
-        self._on_loss(slot, worker)
-        self.go_beside(self._start_again(slot, ended=worker))
+        group = self._slot_of[worker].group
+        ended: list[tuple[Slot, Worker]] = []
+        for slot in group.slots:
+            assert slot.worker is not None
+            ended.append((slot, slot.worker))
+            del self._slot_of[slot.worker]
+            self._past = self._past.plus(slot.worker.stats.counts())
+            slot.worker.abandon()
+            slot.worker = None
+            if time.monotonic() - slot.started > LONG_LIVED_SECONDS:
+                slot.num_failed_starts = 0
+        if len(ended) > 1:
+            names = ", ".join(slot.name for slot in group.slots)
+            log.error("%s share experts: they are all started again, since %s ended", names, worker.name)
+        for slot, one in ended:
+            self._on_loss(slot, one)
+        self.go_beside(self._start_again(group, ended=[one for _, one in ended]))
 
-    async def _start_again(self, slot: Slot, *, ended: Worker) -> None:
-        """Fill a slot again, with pauses that grow while nothing lasts in it."""
-        await ended.stop()
-        while slot.num_failed_starts < MOST_FAILED_STARTS:
+    async def _start_again(self, group: Group, *, ended: list[Worker]) -> None:
+        """Fill the slots of a group again, with pauses that grow while nothing lasts in them."""
+        await asyncio.gather(*(worker.stop() for worker in ended))
+        names = ", ".join(slot.name for slot in group.slots)
+        while (failed := max(slot.num_failed_starts for slot in group.slots)) < MOST_FAILED_STARTS:
             shortest, longest = PAUSE_SECONDS
-            await asyncio.sleep(min(longest, shortest * 4**slot.num_failed_starts))
-            slot.num_failed_starts += 1  # until it has lasted
-            slot.num_restarts += 1
-            slot.worker = self._new_worker(slot)
+            await asyncio.sleep(min(longest, shortest * 4**failed))
+            for slot in group.slots:
+                slot.num_failed_starts += 1  # until it has lasted
+                slot.num_restarts += 1
             try:
-                await slot.worker.start()
+                await self._start_group(group)
             except ConfigError as error:
-                log.error("%s cannot be started again: %s", slot.name, error)
-                slot.worker = None
+                log.error("%s cannot be started again: %s", names, error)
+                for slot in group.slots:
+                    slot.worker = None
                 continue
-            log.warning("%s is there again", slot.name)
-            self._welcome(slot)
+            log.warning("%s is there again", names)
+            self._welcome(group)
             return
-        slot.is_given_up = True
-        log.error("%s is given up after %d starts that did not last", slot.name, slot.num_failed_starts)
+        for slot in group.slots:
+            slot.is_given_up = True
+        log.error("%s is given up after %d starts that did not last", names, failed)
         if not self.is_alive:
             self._on_death()

@@ -8,12 +8,25 @@ from dsv3.infer.sampler import SamplingParams
 from dsv3.serve.grammar import GrammarSpec
 
 
+class RankPlace(msgspec.Struct, frozen=True):
+    """An engine's place among those that share the experts with it."""
+
+    folder: str
+    """Where they find each other: a new one each time that they begin."""
+    rank: int
+    size: int
+    decodes: bool
+    """Whether passes are short, so that how long an exchange takes matters more than how much it carries."""
+
+
 class ProcessSettings(msgspec.Struct, frozen=True):
     """What an engine's process is told when it begins."""
 
     config: ServerConfig
     secret: str = ""
     """Known to the processes that hand each other pages; empty where none do."""
+    place: RankPlace | None = None
+    """None where all experts are in this process."""
 
 
 class HandTo(msgspec.Struct, frozen=True):
@@ -62,6 +75,12 @@ class Leave(msgspec.Struct, tag=True, frozen=True):
     """Whoever took pages at an address has gone."""
 
     address: str
+
+
+class Wake(msgspec.Struct, tag=True, frozen=True):
+    """Some rank that shares experts with this one has work, or will have; all of them are told the same number."""
+
+    number: int
 
 
 class Stop(msgspec.Struct, tag=True, frozen=True):
@@ -141,7 +160,7 @@ class Checked(msgspec.Struct, tag=True, frozen=True):
     fault: str
 
 
-ToEngine = Ask | Expect | Cancel | Leave | Check | Stop
+ToEngine = Ask | Expect | Cancel | Leave | Check | Wake | Stop
 FromEngine = Here | Ready | Broken | Refused | Progress | Checked | Alive | Room | Adopted | Lost
 
 encode = msgspec.msgpack.Encoder().encode

@@ -19,6 +19,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._registry.register(_OfEngine(engine))
         self._registry.register(_OfWorkers(engine))
+        self._registry.register(_OfExperts(engine))
         self.responses = Counter(
             "dsv3_http_responses", "Answers by path and status.", ["path", "status"], registry=self._registry
         )
@@ -123,3 +124,35 @@ class _OfWorkers(Collector):
             ("retries", transfers.num_retries, "Requests that were placed again, with the tokens told by then."),
         ):
             yield CounterMetricFamily(f"dsv3_{name}", text, value=value)
+
+
+class _OfExperts(Collector):
+    """Nothing where no experts are spread over workers."""
+
+    def __init__(self, engine: EngineClient) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterable[Metric]:
+        """Tell how evenly the workers of each kind share the experts' work, and what has moved."""
+        found = [(member, member.stats.experts) for member in self._engine.members if member.stats.experts is not None]
+        counters = {
+            "expert_rows": ("num_rows", "Rows that experts on the worker have computed."),
+            "expert_changes": ("num_changes", "Times that the worker's experts were placed anew."),
+            "expert_moves": ("num_moves", "Experts whose weights have come to the worker."),
+            "expert_moved_bytes": ("moved_bytes", "Bytes of these weights."),
+        }
+        gauges = {
+            "expert_balance": ("balance", "Mean rows of a worker by the most of one, over layers; in the newest look."),
+            "expert_balance_before": ("balance_before", "The same, of the load known then, as experts were placed."),
+            "expert_balance_after": ("balance_after", "The same, as they were placed anew."),
+            "expert_load_before": ("load_before", "Load of the worker in fair shares, as experts were placed."),
+            "expert_load_after": ("load_after", "The same, as they were placed anew."),
+        }
+        for family, table in ((CounterMetricFamily, counters), (GaugeMetricFamily, gauges)):
+            for name, (field, text) in table.items():
+                metric = family(f"dsv3_{name}", text, labels=["worker", "kind"])
+                for member, experts in found:
+                    if (value := getattr(experts, field)) is not None:
+                        metric.add_metric([member.name, member.kind], value)
+                if found:
+                    yield metric

@@ -112,6 +112,11 @@ class Worker:
         if self._process is not None:
             self._process.kill()
 
+    def abandon(self) -> None:
+        """End it at once; nothing more is heard of it."""
+        self.is_alive = False
+        self.kill()
+
     def send(self, message: ToEngine) -> None:
         """Say something, which is lost if the process has ended."""
         if self.is_alive:

@@ -5,7 +5,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dsv3.data import record
 from dsv3.data.document import ReadingLog
 from dsv3.data.record import read_json_lines, read_parquet, record_text
 
@@ -98,12 +97,12 @@ def test_marks_and_latin_1_lines_are_read(read):
     assert read(data) == (["one", "déjà"], {"not UTF-8: read as Latin-1": 1})
 
 
-def test_a_huge_line_is_passed_over_without_being_read_whole(read, monkeypatch):
-    monkeypatch.setattr(record, "MAX_LINE_BYTES", 2**20)
-    data = b'{"text": "' + b"x" * 5_000_000 + b'"}\n{"text": "after"}\n'
-    texts, counted = read(data)
-    assert texts == ["after"]
-    assert counted == {"line longer than 1 MiB": 1}
+def test_a_huge_line_is_passed_over_without_being_read_whole(tmp_path):
+    file, log = tmp_path / "file.jsonl", ReadingLog()
+    file.write_bytes(b'{"text": "' + b"x" * 5_000_000 + b'"}\n{"text": "after"}\n')
+    found = read_json_lines(file, name="file.jsonl", log=log, max_line_bytes=2**20)
+    assert [document.text for document in found] == ["after"]
+    assert [(one.reason, one.count) for one in log.skipped_remarks()] == [("line longer than 1 MiB", 1)]
 
 
 def test_gzip_is_read_and_a_file_cut_short_gives_what_it_has(read):

@@ -15,11 +15,11 @@ from dsv3.config.files import read_config
 from dsv3.config.teaching import REFLECTION, DistillConfig, SftConfig
 from dsv3.data.chat_data import read_conversations
 from dsv3.data.chat_template import render_template
+from dsv3.data.contamination import Exclusions, normalised, rows_of
 from dsv3.errors import CheckpointError, ConfigError, DataError, EngineError, TrainingError
 from dsv3.evals import endpoint as asking
 from dsv3.infer.model_folder import find_model
 from dsv3.posttrain import endpoint, teacher
-from dsv3.posttrain.contamination import Exclusions, normalised, rows_of
 from dsv3.posttrain.distill import distill
 from dsv3.posttrain.distilled_set import with_system
 from dsv3.posttrain.problem import Problem

@@ -17,7 +17,7 @@ from dsv3.errors import DataError
 WORDS_IN_A_ROW = 13
 """The customary length, since GPT-3."""
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 WHOLE, IN_A_ROW = "whole", "in a row"
 
 
@@ -33,7 +33,7 @@ class Exclusions:
         self._whole: dict[str, set[int]] = {}
         self._rows: dict[str, set[int]] = {}
         for file in files:
-            texts, wholes = _texts_of(file)
+            texts, wholes = texts_of(file)
             self._whole[file] = {hash_parts(same) for text in wholes if (same := normalised(text))}
             self._rows[file] = {row for text in texts for row in rows_of(text)}
             if not self._whole[file]:
@@ -58,11 +58,11 @@ def normalised(text: str) -> str:
 
 def rows_of(text: str) -> set[int]:
     """Return the hashes of all words in a row."""
-    words = _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+    words = WORD.findall(unicodedata.normalize("NFKC", text).lower())
     return {hash_parts(*words[place : place + WORDS_IN_A_ROW]) for place in range(len(words) - WORDS_IN_A_ROW + 1)}
 
 
-def _texts_of(file: str) -> tuple[list[str], list[str]]:
+def texts_of(file: str) -> tuple[list[str], list[str]]:
     """Return what is looked through for words in a row, and what is compared whole."""
     try:
         text = Path(file).read_text(encoding="utf-8")
