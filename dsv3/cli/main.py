@@ -31,9 +31,9 @@ VERBS = (
     "convert",
     "report",
     "serve",
+    "reproduce",
     "plan",
     "data",
-    "reproduce",
     "eval",
     "bench",
 )

@@ -39,7 +39,7 @@ def write_record(experiment: Experiment, *, ask: Ask, outcome: Outcome, seconds:
     }
     write_json(record, path=ask.folder / RESULT)
     (ask.folder / CLOCK).unlink(missing_ok=True)
-    return record
+    return read_json(ask.folder / RESULT)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
