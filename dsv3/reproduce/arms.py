@@ -17,6 +17,7 @@ from dsv3.data.prepare import prepare_corpus
 from dsv3.recipes import tiny
 from dsv3.recipes.milestones import learning_rate, milestones
 from dsv3.reproduce.experiment import Ask
+from dsv3.runtime.hold import hold_folder
 from dsv3.train.loop import pretrain
 from dsv3.train.run_folder import lend_corpus
 
@@ -148,7 +149,8 @@ def smoothed(values: list[float], *, weight: float) -> list[float]:
 def _train(config: PretrainConfig, *, folder: Path, root: Path) -> TrainedRun:
     """Train a run to its end; its corpus is the one of its seed, which all experiments share."""
     shared = root / "corpus" / f"vocab-{config.model.vocab_size}-seed-{config.runtime.seed}"
-    prepare_corpus(config, folder=shared)
+    with hold_folder(shared, lock=".lock", doing="preparing text", option="--runs"):
+        prepare_corpus(config, folder=shared)
     lend_corpus(shared.resolve(), folder=folder)
     if pretrain(config, folder=folder).interrupted:
         raise KeyboardInterrupt

@@ -19,8 +19,8 @@ CLOCK = "clock.json"
 """Seconds of earlier sittings of a run that was stopped."""
 
 
-def write_record(experiment: Experiment, *, ask: Ask, outcome: Outcome, seconds: float) -> dict[str, Any]:
-    """Write `result.json` into the folder of the experiment and return what is in it."""
+def write_record(experiment: Experiment, *, ask: Ask, outcome: Outcome, seconds: float, code: str) -> dict[str, Any]:
+    """Write `result.json` into the folder of the experiment and return what is in it; `code` is the commit."""
     record = {
         **{key: value for key, value in asdict(experiment).items() if key in ("name", "title", "source", "how")},
         "command": command_of(experiment, ask=ask),
@@ -33,7 +33,7 @@ def write_record(experiment: Experiment, *, ask: Ask, outcome: Outcome, seconds:
         "machine": machine(),
         "seconds": round(seconds, 1),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": commit(),
+        "commit": code,
         "versions": {name: version(name) for name in ("torch", "numpy")},
         "data": dict(outcome.data),
     }

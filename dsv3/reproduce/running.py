@@ -8,7 +8,7 @@ from typing import Any
 
 from dsv3.errors import ConfigError
 from dsv3.reproduce.experiment import Ask, Experiment
-from dsv3.reproduce.record import earlier_seconds, is_of, keep_seconds, read_record, write_record
+from dsv3.reproduce.record import commit, earlier_seconds, is_of, keep_seconds, read_record, write_record
 
 
 def reproduce(
@@ -36,12 +36,13 @@ def reproduce(
         return finished
     ask.folder.mkdir(parents=True, exist_ok=True)
     before, began = earlier_seconds(ask.folder), time.monotonic()
+    code = commit()  # before it can change while the run goes on
     try:
         outcome = import_module(f"dsv3.reproduce.{experiment.name}").run(ask)
     except BaseException:
         keep_seconds(ask.folder, seconds=before + time.monotonic() - began)
         raise
-    return write_record(experiment, ask=ask, outcome=outcome, seconds=before + time.monotonic() - began)
+    return write_record(experiment, ask=ask, outcome=outcome, seconds=before + time.monotonic() - began, code=code)
 
 
 def _seeds(experiment: Experiment, *, asked: int | None) -> int:

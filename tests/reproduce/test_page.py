@@ -24,7 +24,7 @@ def finish(root, *, name="bubbles", picture=b"\x89PNG small", seconds=12.3):
         pictures=(Picture(file=f"{name}.png", caption="A picture."),),
         remark="A remark.",
     )
-    return write_record(find(name), ask=ask, outcome=outcome, seconds=seconds)
+    return write_record(find(name), ask=ask, outcome=outcome, seconds=seconds, code="abc1234")
 
 
 def test_what_was_run_stands_there_with_picture_machine_time_and_commit(tmp_path):
