@@ -38,7 +38,10 @@ def run(ask: Ask) -> Outcome:
               in PUBLISHED.items()}  # fmt: skip
     engine_bytes = engine_bytes_per_token(tiny().model)
     draw_bars(
-        [Group(name=name, values=(value / 1e3,)) for name, value in {"MLA": measured, **others, **checks}.items()],
+        [
+            Group(name=name.replace(" (", "\n("), values=(value / 1e3,))
+            for name, value in {"MLA": measured, **others, **checks}.items()
+        ],
         labels=("kB a token, BF16",),
         title="Cache of a token: V3's shape with each kind of attention, and two published models",
         y_label="kB a token",

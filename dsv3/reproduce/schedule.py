@@ -3,6 +3,7 @@
 from dsv3.plan.pipeline import Kind, Schedule
 from dsv3.plan.schedules import dualpipe
 from dsv3.plan.simulate import ChunkCosts, simulate
+from dsv3.report.bars import DPI
 from dsv3.report.gantt import draw_timeline
 from dsv3.reproduce.experiment import Ask, Outcome, Picture
 from dsv3.reproduce.finding import Number
@@ -19,7 +20,7 @@ def run(ask: Ask) -> Outcome:
     """Draw the schedule and count its pairs."""
     ranks, micro_batches = FIGURE
     timeline = simulate(dualpipe(num_ranks=ranks, num_micro_batches=micro_batches), costs=ChunkCosts())
-    draw_timeline(timeline, file=ask.folder / "schedule.png")
+    draw_timeline(timeline, file=ask.folder / "schedule.png", dpi=DPI)
     large = dualpipe(num_ranks=PUBLISHED_RUN[0], num_micro_batches=PUBLISHED_RUN[1])
     findings = [
         Number(
