@@ -16,12 +16,17 @@ ARMS = (
         # Without the complementary loss: the ablation's runs with the bias have no auxiliary loss at all (4.5.2).
         settings=NO_MTP | {"balance.method": "bias", "balance.sequence_loss_weight": "0.0"},
     ),
+    Arm(
+        name="sequence_loss_twice",
+        label="sequence loss x2",
+        settings=NO_MTP | {"balance.method": "sequence_loss", "balance.auxiliary_loss_weight": "0.002"},
+    ),
     Arm(name="sequence_loss", label="sequence loss", settings=NO_MTP | {"balance.method": "sequence_loss"}),
     Arm(name="batch_loss", label="batch loss", settings=NO_MTP | {"balance.method": "batch_loss"}),
     Arm(name="none", label="none", settings=NO_MTP | {"balance.method": "none"}),
 )
-"""The losses have V2-Lite's weight of 0.001, as the report's baselines. gamma is the recipe's 0.002, twice the
-published one: 0.005 moves biases sooner and leaves held-out text a little less even (docs/log.md)."""
+"""The losses have V2-Lite's weight of 0.001, as the report's baselines, and the sequence-wise one twice that weight as
+well: gamma, which is the recipe's 0.002, is twice the published one, too. A run of 300 steps is short for either."""
 NO_WORSE = 0.005
 """Share of the loss. The report's methods differ by 0.2%, which takes larger models and longer runs to see."""
 SMOOTHED = 20
@@ -52,7 +57,9 @@ def run(ask: Ask) -> Outcome:
         settings=settings_of(ARMS),
         data={"max_violation": violation, "max_violation_of_batches": batch, "loss": loss},
         remark="The published differences in loss (0.2%) come after 100 billion tokens and more; after these few they "
-        "are smaller than what seeds make.",
+        "are smaller than what seeds make. With V2-Lite's weight (sequence loss) the loss hardly balances in 300 "
+        "steps. With ten times that weight it does so better than the bias: MaxVio 0.20 and a held-out loss of 4.2502, "
+        "where the bias has 0.30 and 4.2483 (one seed, the last; not in the picture).",
     )
 
 
@@ -60,6 +67,18 @@ def _findings(
     violation: dict[str, tuple[float, ...]], *, loss: dict[str, tuple[float, ...]], batch: dict[str, tuple[float, ...]]
 ) -> tuple[Finding, ...]:
     return (
+        Order(
+            claim="MaxVio: bias below sequence loss x2",
+            report="0.04 and 0.72 in a 1B model (Wang et al., table 2)",
+            lower=violation["bias"],
+            higher=violation["sequence_loss_twice"],
+        ),
+        Order(
+            claim="MaxVio: sequence loss x2 below none",
+            report="what the loss is for (2.1.2); no number",
+            lower=violation["sequence_loss_twice"],
+            higher=violation["none"],
+        ),
         Order(
             claim="MaxVio: bias below sequence loss",
             report="0.04 and 0.72 in a 1B model (Wang et al., table 2)",
@@ -73,10 +92,10 @@ def _findings(
             higher=violation["none"],
         ),
         Order(
-            claim="MaxVio of single batches: bias below sequence loss",
+            claim="MaxVio of single batches: bias below sequence loss x2",
             report="no number",
             lower=batch["bias"],
-            higher=batch["sequence_loss"],
+            higher=batch["sequence_loss_twice"],
         ),
         Order(
             claim=f"loss: bias no worse than sequence loss (by {NO_WORSE:.1%})",
@@ -90,6 +109,13 @@ def _findings(
             report="2.253 and 2.258 (1B), 2.080 and 2.085 (3B; 4.5.3)",
             lower=loss["bias"],
             higher=loss["sequence_loss"],
+        ),
+        Order(
+            claim=f"loss: bias no worse than sequence loss x2 (by {NO_WORSE:.1%})",
+            report="as above",
+            lower=loss["bias"],
+            higher=loss["sequence_loss_twice"],
+            margin=NO_WORSE,
         ),
         Order(
             claim=f"loss: bias no worse than batch-wise loss (by {NO_WORSE:.1%})",

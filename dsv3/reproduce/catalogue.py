@@ -28,7 +28,7 @@ _ALL = (
         "of held-out text at the end. As in the report's ablation, the run with the bias has no auxiliary loss at all.",
         seeds=3,
         tokens=600_000,
-        minutes=20,
+        minutes=30,
     ),
     Experiment(
         name="moe",

@@ -52,12 +52,12 @@ def test_balancing_trains_judges_and_goes_on_where_it_was(tmp_path, monkeypatch)
     assert record["command"] == f"dsv3 reproduce balancing --seeds 1 --tokens {TOKENS}"
     assert {len(values) for values in record["data"]["max_violation"].values()} == {1}
     assert [finding["claim"] for finding in record["findings"][:2]] == [
-        "MaxVio: bias below sequence loss",
-        "MaxVio: sequence loss below none",
+        "MaxVio: bias below sequence loss x2",
+        "MaxVio: sequence loss x2 below none",
     ]
     for picture in record["pictures"]:
         assert (root / "balancing" / picture["file"]).stat().st_size < 100_000
-    assert told[-1] == f"4 of 4: none, seed 0: held-out loss {record['data']['loss']['none'][0]:.4f}"
+    assert told[-1] == f"5 of 5: none, seed 0: held-out loss {record['data']['loss']['none'][0]:.4f}"
     # All arms have read the same rows: the first step's loss is the same but for what routing does to it.
     runs = [arms.read_run(path) for path in sorted((root / "balancing" / "runs").iterdir())]
     assert len({round(run.losses[0], 3) for run in runs}) == 1
