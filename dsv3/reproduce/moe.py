@@ -3,7 +3,7 @@
 from dsv3.plan.counts import count_parameters, training_flops_per_token
 from dsv3.report.bars import Panel, draw_seeds
 from dsv3.report.lines import Curve, draw_lines
-from dsv3.reproduce.arms import Arm, seeds_of, settings_of, small_run, smoothed, train_arms
+from dsv3.reproduce.arms import Arm, TrainedRun, seeds_of, settings_of, small_run, smoothed, train_arms
 from dsv3.reproduce.balancing import NO_MTP
 from dsv3.reproduce.experiment import Ask, Outcome, Picture
 from dsv3.reproduce.finding import Number, Order
@@ -31,7 +31,8 @@ DENSE = Arm(
 ARMS = (V3, V2, DENSE)
 EQUAL = 0.02
 """Share of the FLOPs: the router's are not in the dense model."""
-SMOOTHING = 0.95
+SMOOTHING, UNSETTLED = 0.95, 20
+"""Of the picture: the weight of what was before, and the steps that are not shown."""
 
 
 def run(ask: Ask) -> Outcome:
@@ -49,20 +50,7 @@ def run(ask: Ask) -> Outcome:
         title=f"Equal active FLOPs, {ask.tokens:,} tokens; a dot a seed",
         file=ask.folder / "moe.png",
     )
-    draw_lines(
-        [
-            Curve(
-                name=arm.label,
-                x=[step["tokens"] * flops[arm.name] / 1e12 for step in runs[arm.name][0].steps][20:],
-                y=smoothed(runs[arm.name][0].losses, weight=SMOOTHING)[20:],
-            )
-            for arm in ARMS
-        ],
-        x_label="training compute, TFLOPs",
-        y_label="training loss, nats (smoothed)",
-        title="Loss by compute, first seed",
-        file=ask.folder / "moe-course.png",
-    )
+    _draw_course(ask, runs=runs, flops=flops[DENSE.name])
     return Outcome(
         findings=(
             Number(
@@ -87,10 +75,29 @@ def run(ask: Ask) -> Outcome:
         ),
         pictures=(
             Picture(file="moe.png", caption="Held-out loss after the same tokens at the same FLOPs a token."),
-            Picture(file="moe-course.png", caption="Training loss over compute."),
+            Picture(file="moe-course.png", caption="Training loss beside the dense model's, over compute."),
         ),
         settings=settings_of(ARMS),
         data={"loss": loss, "flops_per_token": flops, "parameters": parameters},
         remark=f"The mixture holds {parameters[V3.name]:,} parameters and the dense model {parameters[DENSE.name]:,}; "
         "a token passes as many of either.",
+    )
+
+
+def _draw_course(ask: Ask, *, runs: dict[str, list[TrainedRun]], flops: int) -> None:
+    """Draw how far the mixtures' training losses lie from the dense model's, seed by seed."""
+    curves = []
+    for arm in (V3, V2):
+        for number, (ours, dense) in enumerate(zip(runs[arm.name], runs[DENSE.name], strict=True)):
+            apart = [a - b for a, b in zip(ours.losses, dense.losses, strict=True)]
+            compute = [step["tokens"] * flops / 1e12 for step in ours.steps]
+            name = "" if number else arm.label
+            curves.append(Curve(name=name, x=compute[UNSETTLED:], y=smoothed(apart, weight=SMOOTHING)[UNSETTLED:]))
+    draw_lines(
+        curves,
+        x_label="training compute, TFLOPs",
+        y_label="loss less the dense model's, nats",
+        title="Training loss at equal compute (smoothed; a line a seed)",
+        levels={"dense": 0.0},
+        file=ask.folder / "moe-course.png",
     )
