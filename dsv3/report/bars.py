@@ -62,11 +62,11 @@ def draw_bars(
             axes.bar_label(bars, fmt="{:,.4g}", fontsize=6.5, padding=2)
         if is_logarithmic:
             axes.set_yscale("log")
-        axes.margins(y=0.12)
+        axes.margins(y=0.12 if len(labels) == 1 else 0.25)
         axes.set_xticks(range(len(groups)), [group.name for group in groups])
         _dress(axes, title=title, y_label=y_label)
         if len(labels) > 1:
-            axes.legend(frameon=False)
+            axes.legend(frameon=False, loc="upper right", ncols=len(labels))
 
 
 def draw_seeds(panels: Sequence[Panel], *, title: str, file: Path) -> None:

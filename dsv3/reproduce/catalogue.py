@@ -79,7 +79,7 @@ _ALL = (
         "smoothed losses is compared with that of two runs that differ in the order of their sums alone.",
         seeds=1,
         tokens=400_000,
-        minutes=8,
+        minutes=7,
     ),
     Experiment(
         name="accumulator",
@@ -117,7 +117,7 @@ _ALL = (
         source="report 5.4.1, Table 9",
         how="An expert taught to reason step by step answers problems; one base is fine-tuned on its right answers, "
         "and on plain ones for as many tokens.",
-        minutes=25,
+        minutes=7,
     ),
 )
 

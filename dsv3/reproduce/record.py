@@ -63,10 +63,13 @@ def command_of(experiment: Experiment, *, ask: Ask) -> str:
     return " ".join(words)
 
 
-def earlier_seconds(folder: Path) -> float:
-    """Return how long sittings have taken that did not come to an end."""
+def earlier_seconds(folder: Path, *, tokens: int) -> float:
+    """Return how long earlier sittings have taken, whose runs are used again: stopped ones, or those of fewer seeds."""
     path = folder / CLOCK
-    return float(read_json(path)["seconds"]) if path.is_file() else 0.0
+    if path.is_file():
+        return float(read_json(path)["seconds"])
+    finished = read_record(folder)
+    return float(finished["seconds"]) if finished and finished["tokens"] == tokens else 0.0
 
 
 def keep_seconds(folder: Path, *, seconds: float) -> None:

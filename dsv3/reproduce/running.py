@@ -35,7 +35,7 @@ def reproduce(
         tell(f"{experiment.name} was made on {finished['date']}; remove {ask.folder} to make it again")
         return finished
     ask.folder.mkdir(parents=True, exist_ok=True)
-    before, began = earlier_seconds(ask.folder), time.monotonic()
+    before, began = earlier_seconds(ask.folder, tokens=ask.tokens), time.monotonic()
     code = commit()  # before it can change while the run goes on
     try:
         outcome = import_module(f"dsv3.reproduce.{experiment.name}").run(ask)

@@ -9,7 +9,7 @@ from dsv3.reproduce import arms, balancing, fp8, specialisation
 from dsv3.reproduce.catalogue import EXPERIMENTS, find
 from dsv3.reproduce.experiment import Ask, Outcome
 from dsv3.reproduce.finding import Number
-from dsv3.reproduce.record import CLOCK, read_record
+from dsv3.reproduce.record import CLOCK, earlier_seconds, read_record
 from dsv3.reproduce.running import reproduce, verdict_text
 
 STEPS = 2
@@ -111,6 +111,7 @@ def test_seconds_of_a_sitting_that_was_stopped_are_counted(tmp_path, monkeypatch
     monkeypatch.setattr("dsv3.reproduce.running.import_module", lambda name: Done)
     record = reproduce(find("cost"), root=tmp_path)
     assert record["seconds"] == 107.0
+    assert earlier_seconds(tmp_path / "cost", tokens=0) == 107.0  # of a run with more seeds, which uses what is there
     assert "differs            n" in verdict_text(record)
 
 
