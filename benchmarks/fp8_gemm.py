@@ -21,16 +21,10 @@ from rich.table import Table
 from torch import Tensor
 
 from dsv3.fp8.choose import kernels_for
-from dsv3.fp8.gemm import HOPPER, HOPPER_PROMOTED, Accumulator, multiply
 from dsv3.fp8.linear import Fp8Product, fp8_products
-from dsv3.fp8.quantise import BLOCKS, TILES, dequantise, quantise
 from dsv3.fp8.recipe import RECIPES
+from dsv3.reproduce.accumulator import ACCUMULATORS, accumulator_error
 
-ACCUMULATORS: dict[str, Accumulator | None] = {
-    "14 bits, all of K": HOPPER,
-    "14 bits, promoted every 128": HOPPER_PROMOTED,
-    "FP32": None,
-}
 PICTURE = Path(__file__).parent / "results" / "fp8_accumulation.png"
 OUTLIER_CHANNELS, OUTLIER_TOKENS, OUTLIER = 8, 4, 100.0
 """How many, and how far above the rest."""
@@ -76,14 +70,6 @@ def main() -> None:
     report(claims, title="FP8 products", json_file=options.json, details=details)
     if not options.quick:
         draw(depths, errors=errors)
-
-
-def accumulator_error(depth: int, *, accumulator: Accumulator | None) -> float:
-    """Return the largest relative error of a 64 x depth by depth x 64 product, beyond that of rounding to E4M3."""
-    generator = torch.Generator().manual_seed(depth)
-    a, b = (quantise(torch.rand(64, depth, generator=generator), form=form) for form in (TILES, BLOCKS))
-    exact = dequantise(a).double() @ dequantise(b).double().T
-    return ((multiply(a, b, accumulator=accumulator) - exact).abs() / exact).max().item()
 
 
 def product_errors(name: str) -> dict[str, float]:

@@ -35,6 +35,7 @@ from rich.table import Table
 from dsv3.batch import TokenBatch
 from dsv3.config.override import apply_overrides
 from dsv3.recipes import tiny
+from dsv3.reproduce.fp8 import LIMIT, difference
 from dsv3.train.resume import new_state
 from dsv3.train.step import train_step
 
@@ -65,9 +66,6 @@ pretrain(apply_overrides(tiny(), assignments=assignments), folder=Path(folder), 
 """
 COMPARED = ("original", "fp8_v3")
 """Trained for longer than the others."""
-SMOOTHING = 0.9
-LIMIT = 0.25
-"""Percent (report 3.3, Fig. 10)."""
 FOLDER = Path(__file__).parents[1] / "runs" / "fp8_loss"
 PICTURE = Path(__file__).parent / "results" / "fp8_loss.png"
 
@@ -85,7 +83,9 @@ def main() -> None:
     steps = {name: 40 if options.quick else 1000 if name in COMPARED else 600 for name in names}
     folder = FOLDER.with_name("fp8_loss_quick") if options.quick else FOLDER
     curves = train(steps, folder=folder)
-    differences = {name: compared(curves[name], with_=curves["original"]) for name in names if name != "original"}
+    differences = {
+        name: difference(curves[name].losses, curves["original"].losses) for name in names if name != "original"
+    }
     costs = cpu_seconds(names=[name for name in names if name != "control"], rounds=3 if options.quick else 9)
     worst = {name: max(map(abs, values)) for name, values in differences.items()}
     claims = [
@@ -173,21 +173,6 @@ def read(run: Path) -> Curve:
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     steps = [record for record in records if record["kind"] == "step"]
     return Curve(losses=[step["loss"] for step in steps])
-
-
-def smoothed(values: list[float]) -> list[float]:
-    """Return the exponential average, its start included without a bias."""
-    found, sum_, weight = [], 0.0, 0.0
-    for value in values:
-        sum_, weight = SMOOTHING * sum_ + value, SMOOTHING * weight + 1
-        found.append(sum_ / weight)
-    return found
-
-
-def compared(curve: Curve, *, with_: Curve) -> list[float]:
-    """Return the relative difference of smoothed losses in percent, step by step; above zero where `curve` is worse."""
-    pairs = zip(smoothed(curve.losses), smoothed(with_.losses), strict=False)
-    return [100 * (ours - theirs) / theirs for ours, theirs in pairs]
 
 
 def show(curves: Mapping[str, Curve], *, differences: Mapping[str, list[float]], costs: Mapping[str, float]) -> None:

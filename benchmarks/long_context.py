@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,17 +26,6 @@ from long_context_parts.training import config_of
 from rich.console import Console
 from rich.table import Table
 
-from dsv3.cli.extend import phase_settings
-from dsv3.config import (
-    BalanceConfig,
-    BatchConfig,
-    DataConfig,
-    EvaluationConfig,
-    OptimConfig,
-    PretrainConfig,
-    SourceConfig,
-)
-from dsv3.data.prepare import prepare_corpus
 from dsv3.data.prepared import load_prepared
 from dsv3.evals.evaluation import held_out_text
 from dsv3.evals.extension import compare_phases
@@ -46,23 +34,12 @@ from dsv3.evals.positions import PositionLoss, loss_by_position, whole_rows
 from dsv3.evals.scaling import SCALINGS, scale_positions
 from dsv3.infer.loaded import load
 from dsv3.plan.activations import activation_memory
-from dsv3.recipes import tiny
-from dsv3.recipes.extension import extension
-from dsv3.recipes.milestones import learning_rate, milestones
 from dsv3.report.needle import draw_needles
 from dsv3.report.positions import draw_positions
-from dsv3.train.loop import pretrain
+from dsv3.reproduce.niah import GENERATED, LENGTHS, TRAINED, train
 
 FOLDER = Path(__file__).parents[1] / "runs" / "long_context"
 PICTURES = Path(__file__).parents[1] / "docs" / "long-context"
-SOURCES = ("cycles", "recall", "bible", "shakespeare", "stdlib")
-TOKENIZER_WEIGHTS = (0.3, 0.4, 0.1, 0.1, 0.1)
-CYCLES_WEIGHTS = (0.96, 0.01, 0.01, 0.01, 0.01)
-BASE_WEIGHTS = (0.15, 0.6, 0.09, 0.09, 0.07)
-CYCLES_TOKENS, BASE_TOKENS = 6_000_000, 18_000_000
-CYCLES_RATE, BASE_RATE = 3e-3, 2e-3
-TRAINED, LENGTHS = 128, (1024, 8192)
-EXTENSION_STEPS, EXTENSION_RATE = 250, 1e-3
 GRID = 15
 NEEDLES_TARGET = 0.95
 ROWS = 32
@@ -94,78 +71,13 @@ def main() -> None:
     )
 
 
-def config_for(name: str, *, quick: bool) -> PretrainConfig:
-    """Return the settings of the run on cycles or of pre-training: V3's shape and recipe in very small."""
-    is_base = name == "base"
-    tokens = 400_000 if quick else BASE_TOKENS if is_base else CYCLES_TOKENS
-    length, rows = (TRAINED, 48) if is_base else (TRAINED // 2, 64)
-    start, scaled = tiny(), milestones(tokens)
-    rate = learning_rate(BASE_RATE if is_base else CYCLES_RATE, total_tokens=tokens, warmup_steps=50)
-    weights = BASE_WEIGHTS if is_base else CYCLES_WEIGHTS
-    return replace(
-        start,
-        recipe="",
-        total_tokens=tokens,
-        model=replace(
-            start.model,
-            vocab_size=1024,
-            num_hidden_layers=3,
-            kv_lora_rank=64,
-            intermediate_size=256,
-            n_routed_experts=8,
-            num_experts_per_tok=2,
-            num_nextn_predict_layers=0,
-            max_position_embeddings=LENGTHS[-1],  # It may be asked there, though it has not been trained there.
-        ),
-        data=data(weights),
-        batch=BatchConfig(
-            sequence_length=length,
-            start_sequences=rows,
-            final_sequences=rows,
-            ramp_tokens=0,
-            multiple_of=rows,
-            micro_batch_sequences=rows,
-        ),
-        optim=OptimConfig(learning_rate=rate, ema_decay=0.995),
-        balance=BalanceConfig(bias_update_speed=2e-3, bias_freeze_tokens=scaled.bias_freeze_tokens),
-        evaluation=EvaluationConfig(every_steps=500, max_tokens=20_000),
-    )
-
-
-def data(weights: tuple[float, ...]) -> DataConfig:
-    sources = (
-        SourceConfig(path=f"builtin://{name}", name=name, weight=weight)
-        for name, weight in zip(SOURCES, weights, strict=True)
-    )
-    return DataConfig(sources=tuple(sources), held_out_rate=0.02, fim_rate=0.0)
-
-
-def train(folder: Path, *, quick: bool) -> tuple[Path, list[Path]]:
-    """Train what has not been trained yet; return the pre-trained run and the phases of its extension."""
-    cycles, base = (config_for(name, quick=quick) for name in ("cycles", "base"))
-    prepare_corpus(replace(base, data=data(TOKENIZER_WEIGHTS)), folder=folder / "corpus")
-    for name in ("cycles", "base"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        link = folder / name / "corpus"
-        if not link.exists():
-            link.symlink_to(Path("..") / "corpus", target_is_directory=True)
-    pretrain(cycles, folder=folder / "cycles")
-    base = replace(base, start_from=str(folder / "cycles"))
-    pretrain(base, folder=folder / "base")
-    wanted = extension(base, lengths=LENGTHS, steps=4 if quick else EXTENSION_STEPS, learning_rate=EXTENSION_RATE)
-    phases = phase_settings(folder / "base", phases=wanted, assignments=[])
-    for phase in phases:
-        pretrain(phase.config, folder=phase.folder)
-    return folder / "base", [phase.folder for phase in phases]
-
-
 def read(
     base: Path, *, phases: list[Path], pictures: Path, grid: int
 ) -> tuple[dict[str, NeedleResult], dict[str, list[PositionLoss]]]:
     """Look for needles before and after, and measure perplexity by position; draw all of it."""
     documents = held_out_text(load_prepared(base / "corpus"), max_tokens=4 * ROWS * LENGTHS[-1]).documents
     # Real text alone: in documents of recall other needles lie about.
-    real = {name: texts for name, texts in documents.items() if name not in ("cycles", "recall")}
+    real = {name: texts for name, texts in documents.items() if name not in GENERATED}
     haystack = [token for texts in real.values() for text in texts for token in text[1:]]
     grids = {}
     for name, folder in (("before", base), ("after", phases[-1])):

@@ -26,11 +26,9 @@ from dsv3.config import EngineConfig
 from dsv3.config.override import apply_overrides
 from dsv3.data.prepared import load_prepared
 from dsv3.evals.evaluation import evaluate, held_out_text
-from dsv3.infer.engine import Engine
 from dsv3.infer.loaded import LoadedModel, load
-from dsv3.infer.request import Request
-from dsv3.infer.sampler import SamplingParams
 from dsv3.recipes import tiny
+from dsv3.reproduce.acceptance import answer
 from dsv3.train.loop import pretrain
 
 DEEP = {
@@ -142,7 +140,14 @@ def compare(
             # Engines of one model share its runner, and so its pages.
             model.runner.make_pages(num_pages=engine.config.num_pages, page_tokens=engine.config.page_tokens)
             began = time.perf_counter()
-            answers = answer(engine, prompts=prompts, at_once=at_once, temperature=temperature, number=number)
+            answers = answer(
+                engine,
+                prompts=prompts,
+                at_once=at_once,
+                temperature=temperature,
+                seed=number,
+                tokens=ANSWER_TOKENS,
+            )
             if number:
                 seconds[setting].append(time.perf_counter() - began)
             steps[setting] = engine.stats().num_steps - before
@@ -167,21 +172,6 @@ def compare(
         )
         for setting, engine in engines.items()
     ]
-
-
-def answer(
-    engine: Engine, *, prompts: list[list[int]], at_once: int, temperature: float, number: int
-) -> dict[str, list[int]]:
-    """Answer the prompts, so many at once; return the tokens of each."""
-    answers: dict[str, list[int]] = defaultdict(list)
-    params = SamplingParams(temperature=temperature, top_p=1.0, seed=number, ignore_end=True, max_tokens=ANSWER_TOKENS)
-    for first in range(0, len(prompts), at_once):
-        for place, prompt in enumerate(prompts[first : first + at_once], start=first):
-            engine.add(Request(id=str(place), prompt_ids=prompt, params=params))
-        while engine.has_work:
-            for event in engine.step():
-                answers[event.id] += event.tokens
-    return answers
 
 
 def bits_per_byte(folder: Path, *, weights: str) -> float:

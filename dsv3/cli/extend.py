@@ -15,6 +15,7 @@ from dsv3.config.override import apply_overrides
 from dsv3.errors import ConfigError
 from dsv3.recipes.extension import STEPS, extension
 from dsv3.runtime.rank import is_main_rank
+from dsv3.train.run_folder import lend_corpus
 
 ROWS_COMPARED = 8
 """Long rows that are read before and after."""
@@ -79,14 +80,7 @@ def phase_settings(run: Path, *, phases: Sequence[PretrainConfig], assignments: 
         config = apply_overrides(replace(phase, start_from=str(before.absolute())), assignments=assignments)
         folder = run / f"extended-{phase.batch.sequence_length}"
         if is_main_rank():
-            _share_corpus(folder)
+            # Its own, which is prepared for any length of rows.
+            lend_corpus(Path("..") / "corpus", folder=folder)
         settings.append(RunSettings(config=config, folder=folder))
     return settings
-
-
-def _share_corpus(folder: Path) -> None:
-    """Let a phase read the corpus of the run it lies in, which is prepared for any length of rows."""
-    folder.mkdir(exist_ok=True)
-    link = folder / "corpus"
-    if not link.exists():
-        link.symlink_to(Path("..") / "corpus", target_is_directory=True)

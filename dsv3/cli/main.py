@@ -31,6 +31,7 @@ VERBS = (
     "convert",
     "report",
     "serve",
+    "reproduce",
     "plan",
     "data",
     "eval",

@@ -18,13 +18,12 @@ from dsv3.cli.inspect import find_subject
 from dsv3.cli.plan_text import describe_plan, describe_search, json_of_plan, json_of_search
 from dsv3.config import PretrainConfig
 from dsv3.errors import ConfigError
-from dsv3.plan.cost import DOLLARS_PER_HOUR, PUBLISHED_POST_HOURS, Cost, Stretch, extension_phase, pretraining
+from dsv3.plan.cost import DOLLARS_PER_HOUR
 from dsv3.plan.hardware import CUSTOM, GPUS, find_hardware
 from dsv3.plan.layout_search import search_layouts, wire_of
 from dsv3.plan.step_time import LARGEST_SIMULATED, usable_micro_batches
 from dsv3.plan.training import FITTED_IMBALANCE, TrainingPlan, plan_training
-from dsv3.recipes.extension import STEPS, extension
-from dsv3.train.schedule import batch_stretches
+from dsv3.reproduce.recipe_cost import recipe_cost
 
 OF_A_RUN = "run"
 """Name of the verb that plans a training run; it is left out on the command line."""
@@ -107,7 +106,7 @@ def plan(
         search = search_layouts(config, gpu=device, world=world, imbalance=imbalance)
         config = search.best.config
     found = plan_training(config, gpu=device, world=world, imbalance=imbalance)
-    cost = _cost(found, dollars_per_hour=dollars_per_hour, post_hours=post_hours)
+    cost = recipe_cost(found, dollars_per_hour=dollars_per_hour, post_hours=post_hours)
     if gantt is not None:
         _draw_gantt(found, file=gantt)
     if memory is not None:
@@ -162,21 +161,6 @@ def _world(config: PretrainConfig, *, gpus: int | None, dp: int | None) -> int:
     if gpus is not None:
         return gpus
     return parallel.pipeline * lcm(parallel.expert, parallel.context)
-
-
-def _cost(plan: TrainingPlan, *, dollars_per_hour: float, post_hours: float | None) -> Cost:
-    """Return what the recipe costs as the report's run went: growing batch, two extensions, post-training."""
-    config = plan.config
-    stretches = [Stretch(rows=rows, steps=steps) for rows, steps in batch_stretches(config)]
-    phases = extension(config) if config.model.rope_scaling is None else ()
-    lump = PUBLISHED_POST_HOURS if config.recipe == "v3_671b" else 0.0
-    return Cost(
-        world=plan.world,
-        pretrain=pretraining(plan, stretches=stretches),
-        extensions=tuple(extension_phase(plan, config=phase, steps=STEPS) for phase in phases),
-        post_hours=lump if post_hours is None else post_hours,
-        dollars_per_hour=dollars_per_hour,
-    )
 
 
 def _draw_gantt(plan: TrainingPlan, *, file: Path) -> None:

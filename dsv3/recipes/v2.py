@@ -49,7 +49,7 @@ def v3_16b() -> PretrainConfig:
         ),
         batch=BatchConfig(start_sequences=4608, final_sequences=4608, ramp_tokens=0, multiple_of=1),
         optim=OptimConfig(
-            learning_rate=_steps_down(
+            learning_rate=steps_down(
                 peak=4.2e-4, first_tokens=total_tokens * 80 // 100, second_tokens=total_tokens * 90 // 100
             )
         ),
@@ -91,7 +91,7 @@ def v3_236b() -> PretrainConfig:
         ),
         batch=BatchConfig(start_sequences=2304, final_sequences=9216, ramp_tokens=225_000_000_000, multiple_of=1),
         optim=OptimConfig(
-            learning_rate=_steps_down(
+            learning_rate=steps_down(
                 peak=2.4e-4, first_tokens=total_tokens * 60 // 100, second_tokens=total_tokens * 90 // 100
             )
         ),
@@ -100,7 +100,7 @@ def v3_236b() -> PretrainConfig:
     )
 
 
-def _steps_down(*, peak: float, first_tokens: int, second_tokens: int) -> LearningRateConfig:
+def steps_down(*, peak: float, first_tokens: int, second_tokens: int) -> LearningRateConfig:
     """V2's warm-up and two steps by 0.316: a cosine of no length is a step."""
     return LearningRateConfig(
         peak=peak,

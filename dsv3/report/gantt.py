@@ -26,7 +26,7 @@ LARGEST_LABELLED = 1200
 """Chunks of all ranks, beyond which their numbers could not be read."""
 
 
-def draw_timeline(timeline: Timeline, *, file: Path) -> None:
+def draw_timeline(timeline: Timeline, *, file: Path, dpi: int = 120) -> None:
     """Write a PNG. A box has the number of its micro-batch; of a woven pair the forward chunk is drawn above.
 
     Raises:
@@ -34,7 +34,7 @@ def draw_timeline(timeline: Timeline, *, file: Path) -> None:
     """
     schedule = timeline.schedule
     width = min(40.0, max(8.0, 0.16 * timeline.duration / _shortest(timeline)))
-    with picture(file, width=width, height=0.9 + 0.34 * schedule.num_ranks, dpi=120) as figure:
+    with picture(file, width=width, height=0.9 + 0.34 * schedule.num_ranks, dpi=dpi) as figure:
         axes = figure.add_subplot()
         is_labelled = sum(len(step) for steps in schedule.steps for step in steps) <= LARGEST_LABELLED
         for rank, spans in enumerate(timeline.spans):

@@ -30,6 +30,14 @@ def open_run_folder(folder: Path, *, config: PretrainConfig) -> Iterator[None]:
         yield
 
 
+def lend_corpus(corpus: Path, *, folder: Path) -> None:
+    """Let a run in `folder`, which is made if need be, read a corpus that lies elsewhere, unless it has one already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / "corpus"
+    if not link.exists():
+        link.symlink_to(corpus, target_is_directory=True)
+
+
 def _settle_config(folder: Path, *, config: PretrainConfig) -> None:
     path = folder / "config.json"
     if path.exists():

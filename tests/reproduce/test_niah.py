@@ -1,0 +1,25 @@
+import pytest
+
+from dsv3.recipes.extension import extension
+from dsv3.reproduce import niah
+
+
+def test_a_model_of_short_rows_may_be_asked_as_far_as_it_is_extended():
+    base = niah.config_for("base", quick=False)
+    assert base.batch.sequence_length == 128
+    assert base.model.max_position_embeddings == 8192
+    phases = extension(base, lengths=niah.LENGTHS, steps=niah.EXTENSION_STEPS, learning_rate=niah.EXTENSION_RATE)
+    assert [phase.batch.sequence_length for phase in phases] == [1024, 8192]
+    assert {phase.model.rope_scaling.original_max_position_embeddings for phase in phases} == {128}
+
+
+def test_the_haystack_has_no_text_that_is_made_up():
+    """In documents of recall other needles lie about."""
+    names = [source.name for source in niah.data(niah.BASE_WEIGHTS).sources]
+    assert set(niah.GENERATED) < set(names)
+
+
+def test_a_run_that_a_signal_stopped_stops_all(monkeypatch, tmp_path):
+    monkeypatch.setattr(niah, "pretrain", lambda config, folder: type("R", (), {"interrupted": True}))
+    with pytest.raises(KeyboardInterrupt):
+        niah.to_the_end(niah.config_for("base", quick=True), folder=tmp_path)
