@@ -1,4 +1,4 @@
-"""The tutorials of docs/tutorials/ do what they say: their blocks are run as they stand, and print what is shown below them."""
+"""The tutorials of docs/tutorials/ do what they say: their blocks run as they stand and print what they show."""
 
 import os
 import re

@@ -1,13 +1,13 @@
 """CRUXEval: what a function returns, or what it was given; the answer is run, so any right one counts.
 
-    [PYTHON]
-    def f(n):
-        return n
-    assert f(17) == ??
-    [/PYTHON]
-    [ANSWER]
-    assert f(17) == 17
-    [/ANSWER]
+[PYTHON]
+def f(n):
+    return n
+assert f(17) == ??
+[/PYTHON]
+[ANSWER]
+assert f(17) == 17
+[/ANSWER]
 """
 
 import ast
