@@ -95,6 +95,7 @@ class LoadedModel:
         drafts: int = 0,
     ) -> None:
         self.runner: Runner = runner
+        """What computes: the engine's form of the model, over the weights as they are kept."""
         self.source = source
         """Where the weights came from."""
         self.is_base = is_base
