@@ -1,6 +1,7 @@
 """Rotary position embedding with YaRN, in the published layout: dims (2k, 2k+1) are one rotating pair.
 
 Source: report 4.3; YaRN (arXiv 2309.00071). Conventions that are often got wrong:
+
 - The layout is interleaved. Implementations that put all even dims before all odd ones permute queries and keys alike,
   so scores agree, but a cache written by one cannot be read by the other.
 - YaRN is a setting of the model, not of the length at hand: released weights use it at every position.
