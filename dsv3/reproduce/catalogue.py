@@ -26,8 +26,8 @@ _ALL = (
         source="report 4.5.2 and 4.5.3, Table 5; Wang et al. 2024",
         how="A small V3 is trained with each method on the same rows from the same weights. MaxVio and loss are those "
         "of held-out text at the end. As in the report's ablation, the run with the bias has no auxiliary loss at all; "
-        "the losses have V2-Lite's weight of 0.001. 'x2' has twice that, as gamma is twice the published one; it was added "
-        "after the published weight had not balanced in every seed, so its rows were not planned beforehand.",
+        "the losses have V2-Lite's weight of 0.001. 'x2' has twice that, as gamma is twice the published one; it was "
+        "added after the published weight had not balanced in every seed, so its rows were not planned beforehand.",
         seeds=3,
         tokens=600_000,
         minutes=30,
