@@ -63,13 +63,14 @@ def test_a_long_record_is_cut_at_line_ends_and_a_longer_line_is_passed_over(tmp_
     [
         ("junk.txt", bytes(range(256)) * 30),
         ("junk.jsonl", bytes(range(256)) * 30),
-        ("cut.txt.gz", gzip.compress(b"text " * 5000)[:60]),
+        ("cut.txt.gz", gzip.compress(b"text " * 5000, mtime=0)[:60]),
         ("no.txt.gz", b"not gzip at all"),
         ("no.parquet", b"PAR1 and nothing"),
         ("no.html", bytes(range(128, 256)) * 9),
         ("no.warc.gz", b"not an archive"),
         ("empty.txt", b""),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_no_file_ends_a_task(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
