@@ -2,7 +2,6 @@ import codecs
 
 import pytest
 
-from dsv3.data import text_file
 from dsv3.data.document import ReadingLog
 from dsv3.data.text_file import looks_binary, read_text_file
 
@@ -11,10 +10,10 @@ from dsv3.data.text_file import looks_binary, read_text_file
 def read(tmp_path):
     """Return the texts in a file of the given bytes, and what was remarked: reason -> count."""
 
-    def read_bytes(data):
+    def read_bytes(data, **options):
         (tmp_path / "file.txt").write_bytes(data)
         log = ReadingLog()
-        documents = list(read_text_file(tmp_path / "file.txt", name="file.txt", log=log))
+        documents = list(read_text_file(tmp_path / "file.txt", name="file.txt", log=log, **options))
         remarks = {remark.reason: remark.count for remark in (*log.skipped_remarks(), *log.changed_remarks())}
         return [document.text for document in documents], remarks
 
@@ -60,10 +59,9 @@ def test_a_few_control_characters_do_not_make_a_file_binary(data):
     assert not looks_binary(data)
 
 
-def test_a_long_file_is_cut_at_line_ends_and_nothing_is_lost(read, monkeypatch):
-    monkeypatch.setattr(text_file, "PIECE_BYTES", 50)
+def test_a_long_file_is_cut_at_line_ends_and_nothing_is_lost(read):
     text = "".join(f"line {number} 河流\n" for number in range(100))
-    texts, remarks = read(text.encode())
+    texts, remarks = read(text.encode(), piece_bytes=50)
     assert len(texts) > 10
     assert "".join(texts) == text
     assert all(piece.endswith("\n") for piece in texts)
@@ -71,10 +69,9 @@ def test_a_long_file_is_cut_at_line_ends_and_nothing_is_lost(read, monkeypatch):
 
 
 @pytest.mark.parametrize("shift", [0, 1, 2])
-def test_a_line_that_never_ends_is_cut_between_characters(read, monkeypatch, shift):
-    monkeypatch.setattr(text_file, "PIECE_BYTES", 20)
+def test_a_line_that_never_ends_is_cut_between_characters(read, shift):
     text = "x" * shift + "河" * 200
-    texts, remarks = read(text.encode())
+    texts, remarks = read(text.encode(), piece_bytes=20)
     assert len(texts) > 1
     assert "".join(texts) == text
     assert remarks == {}

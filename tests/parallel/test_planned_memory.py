@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch._dynamo  # A first step loads it, and its 15 MB are none of the plan's.
 import torch.distributed as dist
 
 from dsv3 import native, recipes
