@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
-    group = add_group(app, name="eval", told="Ask a model for something and look at its answer.")
+    told = "Ask a model for something and look at its answer; for benchmarks, 'run' may be left out."
+    group = add_group(app, name="eval", told=told, usual="run")
     group.command("domains")(domains)
     group.command("needle")(needle)
     group.command("positions")(positions)

@@ -170,7 +170,7 @@ CHAT = (
         "MMLU",
         "EM",
         *(78.2, 80.6, 85.3, 88.6, 88.3, 87.2, 88.5),
-        needs="a task: a conversation with the prompt of simple-evals; ours is that of base models",
+        task="mmlu_chat",
         lm_eval="mmlu_generative",
     ),
     _chat(

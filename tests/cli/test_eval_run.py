@@ -62,6 +62,16 @@ def run(capsys, *arguments):
     return ended.value.code, found.out, found.err
 
 
+def test_run_may_be_left_out(capsys, tmp_path):
+    words = (tmp_path / "model", "--data", tmp_path / "data", "--tasks", "gsm8k")
+    outs = [run(capsys, *before, *words) for before in ((), ("run",))]
+    assert outs[0][:2] == outs[1][:2]  # what was asked is not asked again, which the other stream tells
+    assert outs[0][0] == 0
+    assert run(capsys, "--help")[1].startswith("Usage: dsv3 eval [OPTIONS]")
+    code, _, err = run(capsys, "--suite", "base")
+    assert (code, "'--data'" in err) == (2, True)
+
+
 def test_a_suite_is_run_and_shown_beside_what_was_published(capsys, tmp_path):
     code, out, err = run(
         capsys, "run", tmp_path / "model", "--data", tmp_path / "data", "--suite", "base", "--tasks", "gsm8k"

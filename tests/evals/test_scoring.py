@@ -6,9 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3.batch import TokenBatch
+from dsv3.cli import eval_run
+from dsv3.data.chat_template import render_chat
 from dsv3.errors import ConfigError, DataError
 from dsv3.evals.answerer import Answerer
 from dsv3.evals.scoring import EngineAnswerer, rolling_windows
+from dsv3.evals.tasks import TASKS
 from dsv3.evals.token_scores import ScoredText, score_texts
 from dsv3.infer.loaded import load
 
@@ -212,3 +215,16 @@ def test_a_text_that_the_cache_cannot_hold_is_refused(scored_folder):
 def test_pages_are_given_back(answerer, scored_model):
     answerer.continuations(PAIRS)
     assert scored_model.streams.engine.stats().num_pages_in_use == 0
+
+
+def test_chat_tasks_are_asked_as_a_users_message(scored_folder, scored_model):
+    conversation = [{"role": "user", "content": "A word?"}]
+    prompt = render_chat(scored_model.tokenizer, messages=conversation, add_generation_prompt=True)
+    assert prompt.endswith("<｜Assistant｜>")
+    with eval_run._of_folder(scored_folder, weights="auto", device="cpu", threads=1) as subject:
+        chat, plain = (subject.answerer_for(TASKS[name]) for name in ("ifeval", "gsm8k"))
+        said, same, bare = (
+            answerer.generate([text], stops=[()], max_tokens=[8])
+            for answerer, text in ((chat, "A word?"), (plain, prompt), (plain, "A word?"))
+        )
+    assert said == same != bare

@@ -23,6 +23,10 @@ ANSWER_IS = (
 """How MMLU-Pro's own evaluation finds a letter, in this order: as asked, after "Answer:", the last in the text."""
 
 
+LETTER_AT_END = re.compile(r"(?i)answer[ \t]*:[ \t]*\$?([A-D])\b")
+"""How simple-evals finds it in what answers `mmlu_chat`: the first, whatever the case."""
+
+
 def header(subject: str) -> str:
     """Return the first line of a prompt, which names the subject."""
     return f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
@@ -100,6 +104,22 @@ def mmlu_pro_chat(folder: Path) -> Iterator[Question]:
         )
 
 
+def mmlu_chat(folder: Path) -> Iterator[Question]:
+    """Read MMLU's test questions for a model that thinks before it answers, in the form of simple-evals."""
+    for item in read_items(folder / "mmlu" / "test.jsonl.gz"):
+        options = item.texts("choices")
+        listed = "\n".join(f"{letter}) {option}" for letter, option in zip(LETTERS, options, strict=False))
+        yield Question(
+            id=item.id,
+            prompt="Answer the following multiple choice question. The last line of your response should be of the "
+            "following format: 'Answer: $LETTER' (without quotes) where LETTER is one of ABCD. Think step by step "
+            f"before answering.\n\n{item.text('question')}\n\n{listed}",
+            answer=LETTERS[item.place("answer", among=len(options))],
+            max_tokens=8192,
+            more={"subject": item.text("subject")},
+        )
+
+
 def letter_said(text: str) -> str | None:
     """Return the letter that a text answers with. Unlike the published evaluation we never guess one."""
     for pattern in ANSWER_IS:
@@ -111,6 +131,12 @@ def letter_said(text: str) -> str | None:
 def grade_letter(question: Question, answer: str) -> Mapping[str, float]:
     """1 if the letter is right."""
     return {"EM": float(letter_said(cut_at(answer, question.stop)) == question.answer)}
+
+
+def grade_letter_at_end(question: Question, answer: str) -> Mapping[str, float]:
+    """1 if the letter after "Answer:" is right."""
+    match = LETTER_AT_END.search(answer)
+    return {"EM": float(match is not None and match[1].upper() == question.answer)}
 
 
 def arc(folder: Path, *, name: str) -> Iterator[Question]:
@@ -138,6 +164,16 @@ ARC_NOTE = (
 )
 MULTIPLE_CHOICE = (
     EvalTask(name="mmlu", protocol="choices", metric="EM", shots=5, questions=mmlu, group_by="subject"),
+    EvalTask(
+        name="mmlu_chat",
+        protocol="generate",
+        metric="EM",
+        shots=0,
+        questions=mmlu_chat,
+        grade=grade_letter_at_end,
+        chat=True,
+        group_by="subject",
+    ),
     EvalTask(
         name="mmlu_pro",
         protocol="choices",

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from dsv3.evals.question import Question
-from dsv3.evals.tasks.multiple_choice import grade_letter, letter_said, lettered
+from dsv3.evals.tasks.multiple_choice import grade_letter, grade_letter_at_end, letter_said, lettered
 from tests.evals.tasks.conftest import published_settings
 
 
@@ -43,3 +43,22 @@ def test_an_answer_ends_where_a_new_question_begins():
 def test_a_question_with_its_options():
     assert lettered(" Which? ", ["x", "y"]) == "Which?\nA. x\nB. y\nAnswer:"
     assert lettered("Which?", ["x", "y"], right=1) == "Which?\nA. x\nB. y\nAnswer: B\n\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B is close, but no.\n\nAnswer: C", "C"),
+        ("answer : $d", "D"),
+        ("Answer: A\nAnswer: B", "A"),
+        ("ANSWER:b.", "B"),
+        ("The answer is (C)", None),
+        ("Answer: Carbon", None),
+        ("Answer:\nB", None),
+        ("", None),
+    ],
+)
+def test_in_conversations_about_mmlu_a_letter_counts_where_it_was_asked_for(text, letter):
+    for right in "ABCD":
+        question = Question(id="1", prompt="p", answer=right)
+        assert grade_letter_at_end(question, text) == {"EM": float(right == letter)}

@@ -15,6 +15,7 @@ DOCS = Path(__file__).parents[3] / "docs" / "evaluation.md"
 COUNTS = {
     "bbh": 6511,
     "mmlu": 14042,
+    "mmlu_chat": 14042,
     "mmlu_pro": 12032 - 14 * 5,
     "mmlu_pro_chat": 12032,
     "arc_easy": 2376,
