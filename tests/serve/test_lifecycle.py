@@ -52,18 +52,6 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded(start_server):
     assert "laid out" not in live.text()
 
 
-def test_a_key_is_asked_for_where_there_is_one_and_told_nowhere(start_server, tmp_path):
-    (tmp_path / "keys").write_text("first-key\nsecond-key\n")
-    live = start_server("--api-key-file", str(tmp_path / "keys"), env={"DSV3_API_KEY": "third-key"}).wait()
-    models = f"{live.url}/v1/models"
-    assert httpx.get(models).status_code == 401
-    assert httpx.get(models, headers={"Authorization": "Bearer wrong"}).json()["error"]["code"] == "invalid_api_key"
-    for key in ("first-key", "second-key", "third-key"):
-        assert httpx.get(models, headers={"Authorization": f"Bearer {key}"}).status_code == 200
-    assert [httpx.get(f"{live.url}{path}").status_code for path in ("/", "/health", "/metrics")] == [200, 200, 200]
-    assert "key" not in live.text().replace("without an API key", "")
-
-
 def test_sigterm_lets_answers_end_and_takes_no_new_ones(start_server):
     live = start_server("--drain-timeout", "20").wait()
     lines = []
@@ -99,7 +87,8 @@ def test_answers_that_do_not_end_in_time_are_broken_off(start_server, seconds, s
 
 
 def test_an_engine_that_dies_ends_the_server_with_an_error(start_server):
-    live = start_server().wait()
+    live = start_server("--host", "0.0.0.0").wait()
+    assert "whoever reaches this address can use the model" in " ".join(live.text().split())
     with httpx.stream("POST", f"{live.url}/v1/completions", json=LONG, timeout=60) as answer:
         lines = answer.iter_lines()
         next(lines)
@@ -112,12 +101,14 @@ def test_an_engine_that_dies_ends_the_server_with_an_error(start_server):
     assert "error: the engine has ended" in live.text()
 
 
-def test_a_server_that_is_killed_takes_its_engine_along_and_starts_again_at_once(start_server, tiny_folder):
-    live = start_server().wait()
+def test_a_server_that_is_killed_leaves_nothing_behind_and_starts_again_at_once(start_server, tmp_path):
+    live = start_server(env={"TMPDIR": str(tmp_path)}).wait()
+    assert not list(tmp_path.iterdir())
     (engine,) = live.engine_process()
     live.signal(signal.SIGKILL)
     live.ended()
     eventually(lambda: not is_running(engine), seconds=15)
+    assert not list(tmp_path.iterdir())
     again = start_server().wait()
     answer = httpx.post(f"{again.url}/v1/completions", json={"prompt": "In", "max_tokens": 3}, timeout=30)
     assert answer.status_code == 200
@@ -145,8 +136,3 @@ def test_a_long_text_being_encoded_keeps_no_other_answer_waiting(server, path):
         sender.join()
     assert refused == [400]  # longer than the context
     assert sorted(gaps)[-3] < 0.5
-
-
-def test_listening_to_the_world_without_a_key_is_warned_of(start_server):
-    live = start_server("--host", "0.0.0.0").wait()
-    assert "whoever reaches this address can use the model" in " ".join(live.text().split())
