@@ -1,35 +1,56 @@
 """Real processes that talk over gloo."""
 
 import inspect
+import multiprocessing
 import pickle
-import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-RANK = Path(__file__).with_name("rank_process.py")
+HERE = str(Path(__file__).parent)
 SECONDS = 120
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    [
+        *("pytest", "hypothesis", "torch", "torch._dynamo"),  # what a first step of training would load
+        *(
+            "dsv3.parallel.ranks",
+            "dsv3.train.resume",
+            "dsv3.train.step",
+            "dsv3.plan.training",
+            "dsv3.infer.ranks_runner",
+        ),
+    ]
+)
+"""Ranks are forks of one process that has loaded all this, or most of their time would go into loading it."""
 
 
 def launch(function, *, folder, size, arguments):
     """Start a function on so many ranks, each with the same arguments; return the processes."""
     (folder / "arguments.pickle").write_bytes(pickle.dumps(arguments))
-    command = [sys.executable, str(RANK), inspect.getfile(function), function.__name__, str(folder), str(size)]
-    return [
-        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for rank in range(size)
-    ]
+    where = (inspect.getfile(function), function.__name__, folder, size)
+    sys.path.insert(0, HERE)  # a process looks where its parent did
+    try:
+        from rank_process import run_rank
+
+        processes = [FORKS.Process(target=run_rank, args=(*where, rank)) for rank in range(size)]
+        for process in processes:
+            process.start()
+    finally:
+        sys.path.remove(HERE)
+    return processes
 
 
 def results_of(processes, *, folder):
     """Return what each rank has returned."""
-    said = [process.communicate(timeout=SECONDS)[0] for process in processes]
-    broken = {
-        rank: text for rank, (process, text) in enumerate(zip(processes, said, strict=True)) if process.returncode
-    }
-    assert not broken, "\n".join(f"rank {rank}:\n{text}" for rank, text in broken.items())
+    end = time.monotonic() + SECONDS
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    said = [f"rank {rank}:\n{(folder / f'{rank}.log').read_text()}" for rank in range(len(processes))]
+    assert all(process.exitcode == 0 for process in processes), "\n".join(said)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(len(processes))]
 
 
@@ -37,7 +58,7 @@ def end(processes):
     """Let none of them be left."""
     for process in processes:
         process.kill()
-        process.communicate()
+        process.join()
 
 
 @pytest.fixture
