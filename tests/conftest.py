@@ -1,11 +1,16 @@
 """What every test may count on: one thread, patient property tests, and the folder of real data when it is there."""
 
+import functools
 import os
 import random
-from collections.abc import Iterator
+import types
+import typing
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -25,6 +30,54 @@ from dsv3.config import (
     SnapshotConfig,
     SourceConfig,
 )
+
+_of_jaxtyping = jaxtyping.jaxtyped
+
+
+def checked(*, typechecker: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Check functions' types, and their shapes where there are any: jaxtyping's hook puts this before each of them.
+
+    jaxtyping's own does as much three times as slowly: it binds all arguments anew, and checks them twice.
+    """
+
+    def decorate(definition: Any) -> Any:
+        if not isinstance(definition, types.FunctionType):
+            return _of_jaxtyping(definition, typechecker=typechecker)
+        names = definition.__globals__
+        parts = (definition.__code__, names, definition.__name__, definition.__defaults__, definition.__closure__)
+        copy = functools.update_wrapper(types.FunctionType(*parts), definition)
+        copy.__kwdefaults__ = definition.__kwdefaults__
+        copy.__annotations__ = {name: _resolved(hint, names=names) for name, hint in definition.__annotations__.items()}
+        del copy.__wrapped__
+        strict = typechecker(copy)
+        if not any(_has_shape(hint) for hint in copy.__annotations__.values()):
+            return strict
+
+        @functools.wraps(definition)
+        def with_shapes(*arguments: Any, **named: Any) -> Any:
+            with _of_jaxtyping("context"):  # within which a dimension's name stands for one length
+                return strict(*arguments, **named)
+
+        return with_shapes
+
+    return decorate
+
+
+def _resolved(hint: Any, *, names: dict[str, Any]) -> Any:
+    """Return what an annotation means; anything goes for what is imported for type checkers alone."""
+    try:
+        return typing.get_type_hints(types.SimpleNamespace(__annotations__={"hint": hint}), names, include_extras=True)[
+            "hint"
+        ]
+    except NameError:
+        return Any
+
+
+def _has_shape(hint: Any) -> bool:
+    return hasattr(hint, "dim_str") or any(_has_shape(part) for part in typing.get_args(hint))
+
+
+jaxtyping.jaxtyped = checked
 
 torch.set_num_threads(1)
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
