@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -60,7 +61,9 @@ def main() -> None:
         curve = learn(task, base=blurts, folder=folder / f"grpo-{seed}", lesson=mine)
         runs.append({"seed": seed, "ours": curve, "trl": learn_with_trl(task, base=blurts, folder=folder, lesson=mine)})
     claims = claims_of(runs)
-    details: dict[str, Any] = {"runs": runs}
+    drawn_ahead = learn(task, base=blurts, folder=folder / "grpo-ahead", lesson=replace(lesson, draw_ahead=True))
+    claims.append(overlapped(drawn_ahead, beside=runs[0]["ours"]))
+    details: dict[str, Any] = {"runs": runs, "drawn_ahead": drawn_ahead}
     if not options.quick:
         details["tasks"] = others(task, knows=knows, folder=folder, lesson=lesson)
         claims += [lifted(name, curve) for name, curve in details["tasks"].items()]
@@ -182,6 +185,23 @@ def claims_of(runs: Sequence[dict[str, Any]]) -> list[Claim]:
         )
     )
     return claims
+
+
+def overlapped(curve: Curve, *, beside: Curve) -> Claim:
+    """Return what it brings to draw answers beside the updates on those before them; the first are not."""
+
+    def iteration(of: Curve) -> float:
+        ends = [one["seconds"] for one in of]
+        return median(end - begin for begin, end in pairwise(ends[1:]))
+
+    return Claim(
+        name="seconds of an iteration, answers drawn ahead",
+        ours=iteration(curve),
+        peer=iteration(beside),
+        peer_name="drawn before it",
+        ratio=iteration(beside) / iteration(curve),
+        target=1.0,
+    )
 
 
 def lifted(name: str, curve: Curve) -> Claim:

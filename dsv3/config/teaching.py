@@ -137,6 +137,9 @@ class GrpoConfig:
     """Experts of the update: those that the trainer's routers choose ('own'); the same, telling how many tokens
     the engine had sent elsewhere ('compare'); or those that the engine had sent them to ('replay'), for numerics that
     differ, as with FP8. The last two read the prompt anew for each answer of a group."""
+    draw_ahead: bool = False
+    """Draw the answers of the next iteration beside the updates of this one, with the weights of before them: these
+    are `updates_per_rollout` steps old when they are learned from, never more. Both share the threads of the run."""
     temperature: float = 1.0
     max_answer_tokens: int = 256
     length_penalty: float = 0.0
@@ -164,6 +167,11 @@ class GrpoConfig:
         require_choice(self, "loss_mean", choices=LOSS_MEANS)
         require_choice(self, "old_logprobs", choices=OLD_LOGPROBS)
         require_choice(self, "routing", choices=ROUTINGS)
+        if self.draw_ahead and self.old_logprobs != "engine":
+            raise ConfigError(
+                f"draw_ahead with old_logprobs = '{self.old_logprobs}': the trainer's weights are not those that drew; "
+                "use old_logprobs = 'engine'"
+            )
         if self.temperature != 1 and self.old_logprobs == "engine":
             raise ConfigError(
                 f"temperature = {self.temperature}: the engine's log-probabilities are those before temperature; use "

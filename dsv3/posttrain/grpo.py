@@ -2,6 +2,8 @@
 
     problems -> groups of answers, drawn by the engine -> rewards -> advantages -> steps on the policy loss -> again
 
+Answers may be drawn beside the steps on those before them (`draw_ahead`), by weights that are one rollout old.
+
 What is drawn, in which order, and every step hang on seeds and counts alone, so a stopped run goes on as if it had not
 been. Of several ranks each has all weights and draws the answers to its share of the problems; all learn from all.
 """
@@ -9,7 +11,9 @@ been. Of several ranks each has all weights and draws the answers to its share o
 import copy
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
 from random import Random
@@ -23,8 +27,10 @@ from dsv3.checkpoint.published import load_published, save_published
 from dsv3.config import MtpLossConfig, PretrainConfig
 from dsv3.config.teaching import GrpoConfig
 from dsv3.errors import ConfigError
+from dsv3.infer.runner import Runner
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.launch import open_ranks
+from dsv3.posttrain.ahead import Ahead, forget_answers, read_answers, write_answers
 from dsv3.posttrain.lesson import Lesson, open_lesson
 from dsv3.posttrain.policy import PolicyBatch, PolicyLoss, advantages_of
 from dsv3.posttrain.problem import Problem
@@ -32,6 +38,7 @@ from dsv3.posttrain.rewards import Reward, rewards_named
 from dsv3.posttrain.rollout import Answer, draw_answers, runner_for
 from dsv3.posttrain.sft import data_hash
 from dsv3.posttrain.tasks import Task, task_named
+from dsv3.runtime.device import available_cores, set_threads
 from dsv3.train.step import StepMetrics, train_step
 from dsv3.train.stop import stop_on_signals
 
@@ -137,6 +144,7 @@ class Teaching:
         self.loss = PolicyLoss(lesson=lesson, vocab_size=self.tokenizer.vocab_size)
         self.reference = self._take_up_reference() if lesson.kl_weight else None
         self.scores: dict[str, float] = {}
+        self.ahead = Ahead()
 
     @property
     def iteration(self) -> int:
@@ -147,8 +155,11 @@ class Teaching:
         """Iterate until all is done, `limit` iterations are, or a signal comes."""
         state, lesson = self.state, self.lesson
         state.describe_rows = lambda _: f"answers of iteration {self.iteration + 1}"
-        with stop_on_signals() as stop:
+        with stop_on_signals() as stop, closing(self.ahead):
             taken, stopping = 0, False
+            if lesson.draw_ahead:
+                self._share_threads()
+                self._take_up_ahead()
             if self.iteration == 0:
                 self.validate()
             while self.iteration < lesson.iterations and not stopping and taken != limit:
@@ -157,9 +168,9 @@ class Teaching:
                 if self.iteration % lesson.validate_every == 0 or self.iteration == lesson.iterations:
                     self.validate()
                 if self.iteration % self.run.config.snapshot.every_steps == 0:
-                    self.run.save()
+                    self.save()
                 stopping = self.ranks.total([stop.requested])[0] > 0
-        self.run.save()
+            self.save()
         finished = self.iteration >= lesson.iterations
         return GrpoResult(
             folder=self.run.folder,
@@ -176,21 +187,21 @@ class Teaching:
         if lesson.reference_every and number and number % lesson.reference_every == 0:
             self._make_reference()
         started = time.perf_counter()
-        problems = self.task.problems_of(number, count=lesson.problems_per_iteration, seed=lesson.seed)
-        answers = self._draw(
-            problems,
-            group_size=lesson.group_size,
-            temperature=lesson.temperature,
-            seed=_seed(lesson.seed, number),
-            with_logprobs=lesson.old_logprobs == "engine",
-            with_experts=lesson.routing != "own",
-        )
+        waited = self.ahead.take(number)
+        answers = self._rollout(runner_for(self.state.model), number=number) if waited is None else waited
+        if lesson.draw_ahead and number + 1 < lesson.iterations:
+            runner = runner_for(self.state.model, alone=True)
+            self.ahead.begin(number + 1, partial(self._rollout, runner, number=number + 1))
         drawn = time.perf_counter()
         judged = self._of_all(judge(answers, rewards=self.rewards, lesson=lesson), size=lesson.group_size)
         scored = time.perf_counter()
         metrics, seen = self.learn([one for one in judged if one.advantage is not None], number=number)
         self._tell(
-            judged, metrics=metrics, seen=seen, seconds=(drawn - started, scored - drawn, time.perf_counter() - scored)
+            judged,
+            metrics=metrics,
+            seen=seen,
+            seconds=(drawn - started, scored - drawn, time.perf_counter() - scored),
+            stale_steps=0 if waited is None else lesson.updates_per_rollout,
         )
 
     def learn(self, judged: Sequence[Judged], *, number: int) -> tuple[list[StepMetrics], list[dict[str, float]]]:
@@ -212,7 +223,8 @@ class Teaching:
     def validate(self) -> None:
         """Answer held-out problems with the likeliest tokens, and score them."""
         problems = self.task.held_out[: self.lesson.held_out]
-        own = self._draw(problems, group_size=1, temperature=0.0, seed=0, with_logprobs=False)
+        runner = runner_for(self.state.model)
+        own = self._draw(runner, problems=problems, group_size=1, temperature=0.0, seed=0, with_logprobs=False)
         scored = list(zip(own, scores_of(own, rewards=self.rewards), strict=True))
         everyone = self._of_all(scored, size=1)
         answers = [answer for answer, _ in everyone]
@@ -228,10 +240,61 @@ class Teaching:
         for answer in answers[:SAMPLES]:
             self.run.log.sample(step=step, prompt=answer.problem.messages[-1]["content"], text=answer.text)
 
+    def save(self) -> None:
+        """Write a snapshot, and before it the answers that wait for the next iteration."""
+        waiting = self.ahead.waiting()
+        if self.lesson.draw_ahead and self.iteration < self.lesson.iterations and waiting is not None:
+            number, own = waiting
+            everyone = self._of_all(own, size=self.lesson.group_size)
+            if self.ranks.rank == 0:
+                write_answers(self.run.folder, step=self.state.step, number=number, answers=everyone)
+        self.run.save()
+        if self.ranks.rank == 0:
+            forget_answers(self.run.folder)
+
+    def _problems(self, number: int) -> list[Problem]:
+        return self.task.problems_of(number, count=self.lesson.problems_per_iteration, seed=self.lesson.seed)
+
+    def _rollout(self, runner: Runner, *, number: int) -> list[Answer]:
+        """Return this rank's answers of iteration `number`."""
+        lesson = self.lesson
+        if lesson.draw_ahead:
+            self._share_threads()  # each thread of Python has a count of its own
+        return self._draw(
+            runner,
+            problems=self._problems(number),
+            group_size=lesson.group_size,
+            temperature=lesson.temperature,
+            seed=_seed(lesson.seed, number),
+            with_logprobs=lesson.old_logprobs == "engine",
+            with_experts=lesson.routing != "own",
+        )
+
+    def _share_threads(self) -> None:
+        set_threads(max(1, (self.run.config.runtime.threads or available_cores()) // 2))
+
+    def _take_up_ahead(self) -> None:
+        """Have the answers that were drawn ahead before the run stopped."""
+        found = read_answers(
+            self.run.folder,
+            step=self.state.step,
+            problems_of=self._problems,
+            group_size=self.lesson.group_size,
+            tokenizer=self.tokenizer,
+        )
+        if found is not None:
+            number, everyone = found
+            size = self.lesson.group_size
+            groups = [everyone[first : first + size] for first in range(0, len(everyone), size)]
+            self.ahead.restore(
+                number, [one for group in groups[self.ranks.row_rank :: self.ranks.row_size] for one in group]
+            )
+
     def _draw(
         self,
-        problems: Sequence[Problem],
+        runner: Runner,
         *,
+        problems: Sequence[Problem],
         group_size: int,
         temperature: float,
         seed: int,
@@ -243,7 +306,7 @@ class Teaching:
         if not own:
             return []
         return draw_answers(
-            runner_for(self.state.model),
+            runner,
             tokenizer=self.tokenizer,
             problems=[problems[place] for place in own],
             places=own,
@@ -321,6 +384,7 @@ class Teaching:
         metrics: Sequence[StepMetrics],
         seen: Sequence[dict[str, float]],
         seconds: tuple[float, float, float],
+        stale_steps: int,
     ) -> None:
         """Write down what an iteration brought."""
         answers = [one.answer for one in judged]
@@ -333,6 +397,7 @@ class Teaching:
             "alike_groups": sum(one.advantage is None for one in judged) / len(judged),
             "seconds": dict(zip(("rollout", "rewards", "learn"), seconds, strict=True)),
             "answer_tokens": sum(len(answer.ids) for answer in answers),
+            "stale_steps": stale_steps,
         }
         if metrics:
             means = {name: fmean(one[name] for one in seen) for name in ("kl", "clipped", "entropy", "ratio")}

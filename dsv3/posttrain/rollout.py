@@ -1,5 +1,6 @@
 """Answers drawn from the model as it is, by our own engine, with the log-probability of every token."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,14 +49,17 @@ class Answer:
         return len(self.prompt_ids) + len(self.ids)
 
 
-def runner_for(model: Transformer) -> Runner:
-    """Return what computes with the weights as they are now: laid out for the engine on a CPU, the model on a GPU."""
+def runner_for(model: Transformer, *, alone: bool = False) -> Runner:
+    """Return what computes with the weights as they are now: laid out for the engine on a CPU, the model on a GPU.
+
+    With `alone` it keeps them, whatever becomes of the model's.
+    """
     if model.device.type == "cpu" and native_engine.available():
         packed = pack_from_state(
             model.state_dict(), config=model.config, layout=published_layout(model.config), name="fp32"
         )
         return PackedRunner(packed)
-    return TorchRunner(model)
+    return TorchRunner(copy.deepcopy(model).eval().requires_grad_(False) if alone else model)
 
 
 def draw_answers(

@@ -10,10 +10,10 @@ from dsv3.checkpoint.published import load_published
 from dsv3.config.files import read_config
 from dsv3.config.teaching import GrpoConfig
 from dsv3.data.tokenizer import Tokenizer
-from dsv3.errors import ConfigError, DataError
+from dsv3.errors import ConfigError, DataError, SnapshotError
 from dsv3.infer.loaded import load
 from dsv3.model.transformer import Transformer
-from dsv3.posttrain.grpo import Judged, grpo, grpo_settings, policy_batch
+from dsv3.posttrain.grpo import Judged, _seed, grpo, grpo_settings, policy_batch
 from dsv3.posttrain.policy import PolicyLoss
 from dsv3.posttrain.problem import Problem
 from dsv3.posttrain.rewards import Reward
@@ -115,6 +115,55 @@ def test_a_run_learns_stops_and_goes_on_as_one_left_alone(settings, tmp_path):
         assert set(record["seconds"]) == {"rollout", "rewards", "learn"}
         assert record["kl"] >= 0
     assert not load(whole.folder, device="cpu").is_base
+
+
+AHEAD = replace(LESSON, iterations=4, draw_ahead=True)
+
+
+def test_answers_drawn_ahead_are_those_of_the_weights_before_the_updates(settings, model, tokenizer, tmp_path):
+    result = grpo(settings, folder=tmp_path / "run", lesson=AHEAD, task=TASK, rewards=[VARIED])
+    records = records_of(result.folder, "grpo")
+    assert [record["stale_steps"] for record in records] == [0, 2, 2, 2]
+    assert [record["first_ratio_off"] < 1e-4 for record in records] == [True, False, False, False]
+    for number in (0, 1):  # both are drawn by the model that the run began with
+        expected = draw_answers(
+            runner_for(model),
+            tokenizer=tokenizer,
+            problems=TASK.problems_of(number, count=2, seed=0),
+            group_size=8,
+            temperature=1.0,
+            max_tokens=6,
+            seed=_seed(0, number),
+        )
+        scores = [VARIED.score(one.problem, one.text) for one in expected]
+        assert records[number]["reward"] == pytest.approx(sum(scores) / 16)
+        assert records[number]["answer_tokens"] == sum(len(one.ids) for one in expected)
+
+
+@pytest.mark.parametrize("routing", ["own", "replay"])
+def test_a_run_that_draws_ahead_stops_and_goes_on_as_one_left_alone(settings, tmp_path, routing):
+    lesson = replace(AHEAD, routing=routing)
+    options = {"lesson": lesson, "task": TASK, "rewards": [VARIED]}
+    grpo(settings, folder=tmp_path / "whole", **options)
+    for stop_after in (1, 2, None):
+        grpo(settings, folder=tmp_path / "cut", stop_after_iterations=stop_after, **options)
+    for kind in ("grpo", "grpo_validation"):
+        assert without_times(records_of(tmp_path / "cut", kind)) == without_times(records_of(tmp_path / "whole", kind))
+    kept = {path.name for path in (tmp_path / "cut" / "snapshots").glob("step-*")}
+    assert {path.stem for path in (tmp_path / "cut" / "drawn_ahead").iterdir()} <= kept
+
+
+def test_answers_drawn_ahead_that_are_damaged_are_named(settings, tmp_path):
+    options = {"lesson": AHEAD, "task": TASK, "rewards": [VARIED]}
+    grpo(settings, folder=tmp_path / "run", stop_after_iterations=1, **options)
+    (file,) = (tmp_path / "run" / "drawn_ahead").iterdir()
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(SnapshotError, match=r"drawn_ahead.*remove it to draw its answers anew"):
+        grpo(settings, folder=tmp_path / "run", **options)
+    file.unlink()
+    assert grpo(settings, folder=tmp_path / "run", **options).finished
+    with pytest.raises(ConfigError, match="not those that drew"):
+        replace(AHEAD, old_logprobs="trainer")
 
 
 def test_what_is_rewarded_is_learned(settings, tmp_path):
