@@ -125,12 +125,14 @@ def _laid_out(
 ) -> PretrainConfig:
     parallel = config.parallel
     expert = parallel.expert if ep is None else ep
+    of_same_stages = pp in (None, parallel.pipeline) and schedule in (None, parallel.schedule)
     changed = replace(
         parallel,
         pipeline=parallel.pipeline if pp is None else pp,
         expert=expert,
         context=parallel.context if cp is None else cp,
         schedule=parallel.schedule if schedule is None else schedule,
+        stage_layers=parallel.stage_layers if of_same_stages else (),  # those of a recipe are for its own pipeline
         wire=parallel.wire if ep is None else wire_of(config, expert=expert),
     )
     return replace(config, parallel=changed)

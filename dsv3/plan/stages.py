@@ -64,7 +64,7 @@ def split_layers(
         if len(counts) != num_stages or sum(counts) != num_layers or min(counts) < 1:
             raise ConfigError(
                 f"parallel.stage_layers = {list(counts)} does not split {num_layers} layers into {num_stages} stages; "
-                f"give {num_stages} numbers of at least 1 with the sum {num_layers}"
+                f"give {num_stages} numbers of at least 1 with the sum {num_layers}, or [] for a split by FLOPs"
             )
         starts = [sum(counts[:stage]) for stage in range(num_stages + 1)]
         return tuple(range(start, end) for start, end in pairwise(starts))
