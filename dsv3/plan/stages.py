@@ -36,11 +36,16 @@ class Stages:
 
     def holders(self, name: str) -> tuple[int, ...]:
         """Return the pipeline ranks that hold it, lowest first."""
-        return tuple(sorted({route[stage] for route in self.routes for stage in self.stages_of(name)}))
+        return tuple(sorted({rank for stage in self.stages_of(name) for rank in self._ranks[stage]}))
 
     def held_by(self, rank: int) -> tuple[int, ...]:
         """Return the stages that a pipeline rank holds."""
-        return tuple(sorted({stage for route in self.routes for stage, at in enumerate(route) if at == rank}))
+        return tuple(stage for stage, ranks in enumerate(self._ranks) if rank in ranks)
+
+    @cached_property
+    def _ranks(self) -> tuple[frozenset[int], ...]:
+        """Pipeline ranks of each stage."""
+        return tuple(map(frozenset, zip(*self.routes, strict=True)))
 
     @cached_property
     def ends(self) -> tuple[int, ...]:
@@ -72,7 +77,7 @@ def split_layers(
         raise ConfigError(
             f"{num_layers} layers do not make up {num_stages} stages of a pipeline; use at most {num_layers} of them"
         )
-    costs = layer_costs(model, sequence_length=sequence_length)
+    costs = tuple(layer_costs(model, sequence_length=sequence_length))
     ends = _split(costs, num_parts=num_stages, at_the_end=end_cost(model, sequence_length=sequence_length))
     return tuple(range(start, end) for start, end in pairwise((0, *ends)))
 
@@ -96,7 +101,8 @@ def end_cost(model: ModelConfig, *, sequence_length: int) -> int:
     return head * (1 + modules) + module * modules
 
 
-def _split(costs: list[int], *, num_parts: int, at_the_end: int) -> tuple[int, ...]:
+@lru_cache(maxsize=256)
+def _split(costs: tuple[int, ...], *, num_parts: int, at_the_end: int) -> tuple[int, ...]:
     """Return where each part ends, with the smallest possible largest sum; every part has something."""
     total = len(costs)
     sums = [0]

@@ -28,7 +28,7 @@ V3 = recipes.v3_671b()
     st.integers(0, 100),
 )
 def test_the_slowest_stage_is_as_fast_as_it_can_be(given_costs, at_the_end):
-    costs, parts = given_costs
+    costs, parts = tuple(given_costs[0]), given_costs[1]
     if parts == 1:
         assert _split(costs, num_parts=1, at_the_end=at_the_end) == (len(costs),)
         return

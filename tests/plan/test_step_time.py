@@ -15,7 +15,7 @@ EQUAL = WorkTimes(forward=1.0, backward=1.0, weight=1.0)
 
 
 def clock(schedule="dualpipe", *, pipeline=4):
-    parallel = replace(V3.parallel, schedule=schedule, pipeline=pipeline)
+    parallel = replace(V3.parallel, schedule=schedule, pipeline=pipeline, stage_layers=())
     return StepClock(config=replace(V3, parallel=parallel), gpu=H800, imbalance=0.2)
 
 
