@@ -158,7 +158,7 @@ def _bytes(plan: TrainingPlan, *, place: RankPlan) -> dict[str, int]:
         "moments": place.moments,
         "activations": place.activations - place.fp8_cache,
         "fp8_caches": place.fp8_cache,
-        "buffers": room.total - room.system,
+        "buffers": place.messages + room.total - room.system,
         "system": room.system,
         "total": plan.bytes_of(place),
     }

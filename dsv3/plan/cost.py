@@ -132,7 +132,7 @@ def _fullest_bytes(plan: TrainingPlan, *, config: PretrainConfig) -> int:
     stages = make_stages(parallel, model=config.model, sequence_length=config.batch.sequence_length)
     schedule = make_schedule(parallel, num_micro_batches=usable_micro_batches(config, wanted=2 * parallel.pipeline))
     places = place_ranks(config, stages=stages, schedule=schedule, data=plan.data, dtype=plan.dtype)
-    return max(place.on_device for place in places) + buffers(config, dtype=plan.dtype).total
+    return max(place.on_device + place.messages for place in places) + buffers(config, dtype=plan.dtype).total
 
 
 def _seconds(plan: TrainingPlan, *, clock: StepClock, stretches: Sequence[Stretch]) -> float:

@@ -102,7 +102,7 @@ class Schedule:
 
     @cached_property
     def waits(self) -> tuple[tuple[tuple[tuple[int, int, bool], ...], ...], ...]:
-        """For each step of each rank the steps that must have ended before it: rank, place, and whether it is another."""
+        """For each step of each rank the steps that must have ended before it: rank, place, whether on another rank."""
         places = {
             action: (rank, place)
             for rank, steps in enumerate(self.steps)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from dsv3.config import ModelConfig, PretrainConfig
 from dsv3.errors import ConfigError
-from dsv3.plan.activations import FLOAT, activation_memory, fp8_cache, kept_at_end, kept_of_tokens
+from dsv3.plan.activations import FLOAT, fp8_cache, kept_at_end, kept_of_head, kept_of_tokens
 from dsv3.plan.counts import layer_counts
 from dsv3.plan.pipeline import Kind, Schedule
 from dsv3.plan.simulate import ChunkCosts, Timeline, simulate
@@ -46,12 +46,14 @@ class RankPlan:
     """Bytes kept from forward to backward, at the worst moment of a step."""
     fp8_cache: int
     """Of these, what is kept in FP8 or E5M6, with its scales (report 3.3.3)."""
+    messages: int
+    """Bytes of hidden states and their gradients on their way from and to the neighbours in the pipeline."""
     average: int
     """Bytes of the running average, in CPU memory."""
 
     @property
     def on_device(self) -> int:
-        """Everything but the average."""
+        """What stays or waits: everything but the average and messages."""
         return self.weights + self.master + self.gradients + self.moments + self.activations
 
 
@@ -145,6 +147,7 @@ def _place(
     wide = sum((one.in_fp8 + one.experts) if is_fp8 else 0 for one in all_held)  # FP32, its own master, and a copy
     narrow = shared + experts - wide
     is_bf16 = dtype == "bfloat16"
+    tokens = config.batch.micro_batch_sequences * config.batch.sequence_length // config.parallel.context
     own_wide, own_narrow = _own_parameters(config, counts=counts, is_fp8=is_fp8)
     kept, in_fp8 = _peak_activations(schedule, rank=rank, kept_by_stages=kept_by_stages)
     return RankPlan(
@@ -162,6 +165,7 @@ def _place(
         moments=2 * (own_wide + own_narrow) * (2 if config.optim.bf16_moments else FLOAT),
         activations=kept,
         fp8_cache=in_fp8,
+        messages=stages.messages_of(rank) * tokens * model.hidden_size * (2 if is_bf16 else FLOAT),
         average=FLOAT * (own_wide + own_narrow) if config.optim.ema_decay > 0 else 0,
     )
 
@@ -259,5 +263,5 @@ def _kept_by_stage(config: PretrainConfig, *, layers: int, dense: int, is_last: 
     kept = kept_of_tokens(of_stage, tokens=tokens, dtype=dtype)
     own_tokens = -(-tokens // config.parallel.context)
     if not is_last:
-        kept -= activation_memory(of_stage, dtype=dtype).per_pass + own_tokens * kept_at_end(config, dtype=dtype)
+        kept -= kept_of_head(part, tokens=own_tokens, dtype=dtype) + own_tokens * kept_at_end(config, dtype=dtype)
     return kept, fp8_cache(of_stage).per_token * own_tokens

@@ -10,6 +10,9 @@ from dsv3.plan.counts import expanded_attention_flops_per_token, layer_counts
 from dsv3.plan.pipeline import Schedule
 from dsv3.plan.schedules import SCHEDULES, one_f_one_b
 
+MESSAGES_AHEAD = 2
+"""Messages that a rank is ready to take from a neighbour before it needs them (parallel/messages.py)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stages:
@@ -41,6 +44,16 @@ class Stages:
     def held_by(self, rank: int) -> tuple[int, ...]:
         """Return the stages that a pipeline rank holds."""
         return tuple(stage for stage, ranks in enumerate(self._ranks) if rank in ranks)
+
+    def messages_of(self, rank: int) -> int:
+        """Return the most hidden states and gradients of them, each of a micro-batch, that a rank has under way.
+
+        It is ready for `MESSAGES_AHEAD` from each neighbour, and of each kind that it sends, one has not been taken yet
+        and one is being made.
+        """
+        crossings = [pair for route in self.routes for pair in pairwise(route) if pair[0] != pair[1]]
+        sent_to = [to for pair in crossings for at, to in (pair, pair[::-1]) if at == rank]
+        return MESSAGES_AHEAD * len(set(sent_to)) + 2 * len(sent_to)
 
     @cached_property
     def _ranks(self) -> tuple[frozenset[int], ...]:

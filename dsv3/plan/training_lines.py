@@ -90,7 +90,7 @@ def _memory(plan: TrainingPlan) -> Iterator[Line]:
         ("FP8 caches", place.fp8_cache, COMPUTED, "kept in FP8 and E5M6, with their scales (report 3.3.3)"),
         (
             "buffers",
-            room.total - room.system,
+            place.messages + room.total - room.system,
             ASSUMPTION,
             "rows at the experts, hidden states under way, a chunk of logits",
         ),

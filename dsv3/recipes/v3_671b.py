@@ -81,7 +81,7 @@ def v3_671b() -> PretrainConfig:
         parallel=ParallelConfig(
             pipeline=16,
             schedule="dualpipe",
-            stage_layers=(2, *(4,) * 14, 3),
+            stage_layers=(3, *(4,) * 14, 2),
             expert=64,
             wire="fp8",
             ranks_per_node=8,
