@@ -74,7 +74,7 @@ def memory_claims(name: str, *, parallel: dict, size: int, measured: list[dict])
         pairs = []
         for rank in measured:
             place = plan.places[rank["place"]]
-            everything = place.on_device + plan.buffers.pipeline  # hidden states that are under way between chunks
+            everything = place.on_device + place.messages  # hidden states that are under way between chunks
             pairs.append((everything if kind == "all" else getattr(place, kind), rank[kind]))
         planned, found = min(pairs, key=lambda pair: nearness(*pair))
         claims.append(

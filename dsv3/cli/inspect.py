@@ -334,7 +334,7 @@ def _activation_table(findings: dict[str, Any]) -> Any:
         label = "residual stream, norms, head" if name == "around" else name.replace("_", " ")
         table.add_row(label, f"{kept[name]:,} B")
     table.add_row("all", f"{kept['per_token']:,} B", style="bold")
-    table.add_row("besides, in each pass: gradients of the head", _size(kept["per_pass"]))
+    table.add_row("besides, for the gradients of the head", _size(kept["per_pass"]))
     table.add_row(f"a micro-batch of {kept['micro_batch_tokens']:,} tokens", _size(kept["of_micro_batch"]))
     ranks = kept["row_ranks"]
     shared = f", on each of {ranks} ranks" if ranks > 1 else ""

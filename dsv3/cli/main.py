@@ -62,11 +62,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # made generation ten times slower; so short a wait costs an idle machine nothing (docs/log.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     options = Options()
-    sys.exit(_run(build_app(options), options=options, arguments=arguments))
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(_run(build_app(options, verbs=_needed(given)), options=options, arguments=given))
 
 
-def build_app(options: Options) -> typer.Typer:
-    """Make the application with all its verbs."""
+def _needed(arguments: Sequence[str]) -> tuple[str, ...]:
+    """Return the verb that is asked for, so that no other one is loaded; all of them where none is."""
+    first = next((argument for argument in arguments if not argument.startswith("-")), "")
+    return (first,) if first in VERBS else VERBS
+
+
+def build_app(options: Options, *, verbs: Sequence[str] = VERBS) -> typer.Typer:
+    """Make the application with all its verbs, or with some."""
     app = typer.Typer(
         name="dsv3",
         help="DeepSeek-V3, whole: train it, look into it, talk to it.",
@@ -92,16 +99,15 @@ def build_app(options: Options) -> typer.Typer:
         options.traceback = traceback
         show_log(level=logging.WARNING if quiet else logging.INFO)
 
-    for verb in VERBS:
+    for verb in verbs:
         import_module(f"dsv3.cli.{verb}").register(app)
     return app
 
 
-def _run(app: typer.Typer, *, options: Options, arguments: Sequence[str] | None) -> int:
+def _run(app: typer.Typer, *, options: Options, arguments: Sequence[str]) -> int:
     """Run the verb and return the exit status; without any argument, print the help."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        status = app(args=given or ["--help"], prog_name="dsv3", standalone_mode=False)
+        status = app(args=list(arguments) or ["--help"], prog_name="dsv3", standalone_mode=False)
         return status if isinstance(status, int) else 0
     except KeyboardInterrupt:
         return INTERRUPTED

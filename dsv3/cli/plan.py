@@ -1,6 +1,6 @@
 """`dsv3 plan`: what a run would take on a cluster, before it is paid for.
 
-`dsv3 plan RECIPE` plans a training run; other plans are verbs below it, which are registered in `register`.
+`dsv3 plan RECIPE` plans a training run; other plans are verbs below it.
 """
 
 import json
@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+from typer.main import get_group
 
 from dsv3.cli.inspect import find_subject
 from dsv3.cli.plan_text import describe_plan, describe_search, json_of_plan, json_of_search
@@ -28,31 +29,45 @@ from dsv3.reproduce.recipe_cost import recipe_cost
 OF_A_RUN = "run"
 """Name of the verb that plans a training run; it is left out on the command line."""
 BELOW = ("plan_serve", "plan_experts")
-"""Files of this folder with a function `register_NAME(plan_app)` that adds a verb below `dsv3 plan`."""
+"""Files of this folder, plan_VERB, with a function `register_plan_VERB(plan_app)` that adds VERB below `dsv3 plan`."""
 
 
 class PlanGroup(TyperGroup):
     """A verb with others below it that takes a recipe where none of these is named."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        """Return the context of the verb below that `args` begin with, and of the plan of a run otherwise."""
-        if args and args[0] in self.commands and args[0] != OF_A_RUN:
-            return super().make_context(info_name, args, parent=parent, **extra)
+        """Return the context of the verb below that `args` begin with, and of the plan of a run otherwise.
+
+        Verbs below are loaded when one is asked for, or help, which lists them.
+        """
+        args = args or ["--help"]
+        is_below = f"plan_{args[0]}" in BELOW
         of_a_run = self.commands[OF_A_RUN]
-        others = [f"  dsv3 plan {name}  {one.get_short_help_str()}" for name, one in self.commands.items()]
-        of_a_run.epilog = "\n\n".join(["Other plans:", *others[1:]]) if others[1:] else None
-        return of_a_run.make_context(info_name, args or ["--help"], parent=parent, **extra)
+        if is_below or not {"-h", "--help"}.isdisjoint(args):
+            below = _verbs_below()
+            self.commands |= below
+            others = [f"  dsv3 plan {name}  {one.get_short_help_str()}" for name, one in below.items()]
+            of_a_run.epilog = "\n\n".join(["Other plans:", *others]) if others else None
+        if is_below:
+            return super().make_context(info_name, args, parent=parent, **extra)
+        return of_a_run.make_context(info_name, args, parent=parent, **extra)
+
+
+def _verbs_below() -> dict[str, Any]:
+    """Return the verbs of `BELOW` by name, as click has them."""
+    app = typer.Typer(rich_markup_mode=None)
+    for name in BELOW:
+        if find_spec(f"dsv3.cli.{name}") is not None:
+            getattr(import_module(f"dsv3.cli.{name}"), f"register_{name}")(app)
+    return get_group(app).commands if app.registered_commands else {}
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verb and those below it."""
+    """Add the verb."""
     plan_app = typer.Typer(
         cls=PlanGroup, help="Plan a training run: memory, time, cost.", rich_markup_mode=None, no_args_is_help=True
     )
     plan_app.command(OF_A_RUN, hidden=True)(plan)
-    for name in BELOW:
-        if find_spec(f"dsv3.cli.{name}") is not None:
-            getattr(import_module(f"dsv3.cli.{name}"), f"register_{name}")(plan_app)
     app.add_typer(plan_app, name="plan")
 
 
@@ -125,12 +140,14 @@ def _laid_out(
 ) -> PretrainConfig:
     parallel = config.parallel
     expert = parallel.expert if ep is None else ep
+    of_same_stages = pp in (None, parallel.pipeline) and schedule in (None, parallel.schedule)
     changed = replace(
         parallel,
         pipeline=parallel.pipeline if pp is None else pp,
         expert=expert,
         context=parallel.context if cp is None else cp,
         schedule=parallel.schedule if schedule is None else schedule,
+        stage_layers=parallel.stage_layers if of_same_stages else (),  # those of a recipe are for its own pipeline
         wire=parallel.wire if ep is None else wire_of(config, expert=expert),
     )
     return replace(config, parallel=changed)

@@ -25,9 +25,12 @@ def describe_plan(plan: TrainingPlan, *, cost: Cost) -> str:
         f"{plan.config.recipe or 'run'} on {plan.world:,} {plan.gpu.name}: {plan.data} pipelines of "
         f"{parallel.pipeline}, experts over {parallel.expert}, schedule {parallel.schedule}, {plan.micro_batches} "
         "micro-batches each",
+        "",
+        "in short",
+        *(f"  {name:<14}{told}" for name, told in _in_short(plan, cost=cost)),
     ]
     for section, lines in groupby(training_lines(plan, cost=cost), key=lambda line: line.section):
-        rows, reasons = [], []
+        rows, reasons, why = [], [], ""
         for line in lines:
             published = beside.get(line.name)
             compared = (
@@ -36,10 +39,40 @@ def describe_plan(plan: TrainingPlan, *, cost: Cost) -> str:
                 else ""
             )
             rows.append((line.name, amount(line.value, unit=line.unit), compared))
-            reasons.append(f"{line.source.value}: {line.why}" + (f" [{published.where}]" if published else ""))
+            before, why = why, f"{line.source.value}: {line.why}"
+            reasons.append((why if why != before else "as above") + (f" [{published.where}]" if published else ""))
         told += ["", f"{section}" + ("  (beside it: published)" if any(row[2] for row in rows) else "")]
         told += [f"  {row}  {reason}" for row, reason in zip(aligned(rows), reasons, strict=True)]
     return "\n".join([*told, *_advice(plan)])
+
+
+def _in_short(plan: TrainingPlan, *, cost: Cost) -> list[tuple[str, str]]:
+    """Return what is asked first: whether it fits, how fast it is, what it costs."""
+    beside = published_beside(plan)
+
+    def published(name: str, value: float, *, unit: str) -> str:
+        if name not in beside:
+            return ""
+        return f" (published: {amount(beside[name].value, unit=unit)}, {value / beside[name].value - 1:+.1%})"
+
+    step, hours, dollars = plan.step_seconds, cost.total_hours, cost.dollars
+    needed = amount(plan.bytes_of(plan.fullest), unit="bytes")
+    return [
+        (
+            "memory",
+            f"{needed} on the fullest rank, of {amount(plan.gpu.memory_gb * 1e9, unit='bytes')}: "
+            + ("fits" if plan.fits else "DOES NOT FIT; see the end"),
+        ),
+        ("a step", amount(step, unit="seconds") + published("step", step, unit="seconds")),
+        (
+            "speed",
+            f"{amount(plan.tokens_per_second, unit='tokens/s')}, {plan.mfu(causal=True):.1%} of the peak of BF16"
+            + published("MFU, causal", plan.mfu(causal=True), unit="share"),
+        ),
+        ("pre-training", f"{cost.pretrain.seconds / 86_400:,.1f} days"),
+        ("GPU-hours", amount(hours, unit="GPU-hours") + published("all GPU-hours", hours, unit="GPU-hours")),
+        ("price", amount(dollars, unit="USD") + published("price", dollars, unit="USD")),
+    ]
 
 
 def _advice(plan: TrainingPlan) -> list[str]:
@@ -158,7 +191,7 @@ def _bytes(plan: TrainingPlan, *, place: RankPlan) -> dict[str, int]:
         "moments": place.moments,
         "activations": place.activations - place.fp8_cache,
         "fp8_caches": place.fp8_cache,
-        "buffers": room.total - room.system,
+        "buffers": place.messages + room.total - room.system,
         "system": room.system,
         "total": plan.bytes_of(place),
     }

@@ -52,5 +52,5 @@ class ParallelConfig:
         if self.stage_layers and self.pipeline == 1 and self.schedule != "dualpipe_v":
             raise ConfigError(
                 f"parallel.stage_layers = {list(self.stage_layers)} splits the layers over a pipeline, and "
-                "parallel.pipeline = 1 has none"
+                "parallel.pipeline = 1 has none; use parallel.stage_layers=[]"
             )

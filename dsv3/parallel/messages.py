@@ -15,9 +15,7 @@ from torch import Tensor
 
 from dsv3.parallel.link import Link
 from dsv3.plan.pipeline import Action, Schedule
-
-AHEAD = 2
-"""Messages that a rank is ready to take before it needs them."""
+from dsv3.plan.stages import MESSAGES_AHEAD
 
 
 @dataclass(kw_only=True)
@@ -86,7 +84,7 @@ class Messages:
         """Return what an action on another rank has made."""
         source = self.schedule.rank_of(action)
         order = self._coming[source]
-        for one in order[self._num_ready[source] : order.index(action) + 1 + AHEAD]:
+        for one in order[self._num_ready[source] : order.index(action) + 1 + MESSAGES_AHEAD]:
             self._get_ready(one, source=source)
         coming = self._ready.pop(action)
         with self.link.waiting():

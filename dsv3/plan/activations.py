@@ -46,7 +46,7 @@ class ActivationMemory:
     around: int
     """Residual stream and norms between the parts, MTP joints, and the gradient of the output head's input."""
     per_pass: int
-    """Bytes whatever the tokens: the gradient of the output head, once for it and once for each MTP module."""
+    """Bytes of a micro-batch of `config.batch` for the gradient of the output head: `kept_of_head`."""
 
     @property
     def per_token(self) -> int:
@@ -62,12 +62,23 @@ def activation_memory(config: PretrainConfig, *, dtype: str = "float32") -> Acti
     Source: what each function of dsv3/ops and dsv3/fp8 saves; report 3.2.3 for what need not be, 3.3.3 for what is
     kept in fewer bits.
     """
-    return _activation_memory(config, sizes=_SIZES[dtype])
+    tokens = config.batch.micro_batch_sequences * config.batch.sequence_length // config.parallel.context
+    head = kept_of_head(config.model, tokens=tokens, dtype=dtype)
+    return replace(_activation_memory(config, sizes=_SIZES[dtype]), per_pass=head)
 
 
 def fp8_cache(config: PretrainConfig) -> ActivationMemory:
     """Return what of `activation_memory` is in FP8 or E5M6, with its scales; nothing under the recipe 'original'."""
-    return replace(_activation_memory(config, sizes=_NOTHING), per_pass=0)
+    return _activation_memory(config, sizes=_NOTHING)
+
+
+def kept_of_head(model: ModelConfig, *, tokens: int, dtype: str) -> int:
+    """Return the bytes that wait to become the output head's gradient, once for it and once for each MTP module.
+
+    Whichever is smaller: that gradient in FP32, or a slope for each logit (ops/cross_entropy.py).
+    """
+    row = min(_SIZES[dtype].computed * tokens, FLOAT * model.hidden_size)
+    return (1 + model.num_nextn_predict_layers) * model.vocab_size * row
 
 
 def _activation_memory(config: PretrainConfig, *, sizes: _Sizes) -> ActivationMemory:
@@ -77,7 +88,6 @@ def _activation_memory(config: PretrainConfig, *, sizes: _Sizes) -> ActivationMe
     layers, experts = model.num_hidden_layers + modules, model.num_moe_layers + modules
     width, chosen = model.moe_intermediate_size, model.num_experts_per_tok
     shared = model.n_shared_experts * width
-    heads = 1 + modules
     dense = 2 * sizes.computed * model.intermediate_size
     dense += 0 if recompute.swiglu else kept.input(model.intermediate_size)
     # A copy of a token that is here is gathered again, one that came from another rank is kept; so is its gate.
@@ -90,7 +100,7 @@ def _activation_memory(config: PretrainConfig, *, sizes: _Sizes) -> ActivationMe
         shared_experts=experts * (2 * kept.swiglu_input(shared) + kept.swiglu_output(shared, recompute=recompute)),
         routers=experts * _router(model, sizes=sizes),
         around=_around(model, recompute=recompute, kept=kept) + sizes.index * (3 + 4 * modules),
-        per_pass=FLOAT * heads * model.vocab_size * model.hidden_size,
+        per_pass=0,
     )
 
 
@@ -109,7 +119,8 @@ def kept_of_tokens(config: PretrainConfig, *, tokens: int, dtype: str = "float32
             numbers += model.num_attention_heads * (model.qk_nope_head_dim + model.v_head_dim)
         layers = model.num_hidden_layers + model.num_nextn_predict_layers
         latents = _SIZES[dtype].computed * layers * numbers * (tokens - tokens // (2 * context))
-    return kept.per_token * -(-tokens // context) + latents + kept.per_pass
+    own = -(-tokens // context)
+    return kept.per_token * own + latents + kept_of_head(model, tokens=own, dtype=dtype)
 
 
 def kept_at_end(config: PretrainConfig, *, dtype: str) -> int:

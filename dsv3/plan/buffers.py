@@ -1,4 +1,4 @@
-"""Memory of a rank besides what it keeps for later: rows that travel, logits, and what the system takes."""
+"""Memory of a rank besides what it keeps for later: rows at experts, logits, and what the system takes."""
 
 from dataclasses import dataclass
 
@@ -17,15 +17,13 @@ class Buffers:
 
     experts: int
     """Rows at the experts and their outputs, of a forward and a backward pass that are under way at once."""
-    pipeline: int
-    """Hidden states and their gradients on their way between stages."""
     logits: int
     system: int
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.experts + self.pipeline + self.logits + self.system
+        return self.experts + self.logits + self.system
 
 
 def buffers(config: PretrainConfig, *, dtype: str) -> Buffers:
@@ -36,10 +34,8 @@ def buffers(config: PretrainConfig, *, dtype: str) -> Buffers:
     row = size * model.hidden_size
     copies = tokens * model.num_experts_per_tok if model.num_moe_layers else 0
     woven = is_woven(parallel)
-    ways = (2 if woven else 1) if parallel.pipeline > 1 else 0
     return Buffers(
         experts=2 * copies * row * (2 if woven else 1),
-        pipeline=2 * 2 * ways * tokens * row,
         logits=2 * 4 * min(tokens * model.vocab_size, LOGITS_AT_ONCE),
         system=round(SYSTEM_GB * 1e9) if dtype == "bfloat16" else 0,
     )

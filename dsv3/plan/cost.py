@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from dsv3.config import PretrainConfig
 from dsv3.plan.buffers import buffers
 from dsv3.plan.ranks import place_ranks
-from dsv3.plan.stages import make_schedule
+from dsv3.plan.stages import make_schedule, make_stages
 from dsv3.plan.step_time import StepClock, usable_micro_batches
 from dsv3.plan.training import TrainingPlan, optimizer_seconds
 
@@ -37,6 +37,8 @@ class Phase:
     seconds: float
     bytes_of_fullest: int
     """Memory of the fullest rank."""
+    fits_with: int
+    """Fewest ranks that can share a row so that it fits, `context_ranks` or more; 0 where none can."""
 
     def gpu_hours(self, *, world: int) -> float:
         """Return the hours of all GPUs together."""
@@ -90,6 +92,7 @@ def pretraining(plan: TrainingPlan, *, stretches: Sequence[Stretch]) -> Phase:
         tokens=sum(stretch.steps * stretch.rows for stretch in stretches) * batch.sequence_length,
         seconds=_seconds(plan, clock=plan.clock, stretches=stretches),
         bytes_of_fullest=plan.bytes_of(plan.fullest),
+        fits_with=plan.config.parallel.context if plan.fits else 0,
     )
 
 
@@ -97,13 +100,16 @@ def extension_phase(plan: TrainingPlan, *, config: PretrainConfig, steps: int) -
     """Return what a phase of longer rows takes on the cluster of `plan`.
 
     Assumption: ranks share each row so that none has more tokens at a time than in pre-training, as far as they divide.
-    How the report's run laid out these phases is not published.
+    How the report's run laid out these phases is not published. It is said where so few do not fit.
     """
-    config = replace(config, parallel=replace(plan.config.parallel, context=_context_ranks(plan, config=config)))
+    least, *more = _context_ranks(plan, config=config)
+    needed = _fullest_bytes(plan, config=_sharing(plan, config=config, ranks=least))
+    capacity = plan.gpu.memory_gb * 1e9
+    fitting = (
+        size for size in more if _fullest_bytes(plan, config=_sharing(plan, config=config, ranks=size)) <= capacity
+    )
+    config = _sharing(plan, config=config, ranks=least)
     clock = StepClock(config=config, gpu=plan.gpu, imbalance=plan.imbalance)
-    first = usable_micro_batches(config, wanted=2 * config.parallel.pipeline)
-    schedule = make_schedule(config.parallel, num_micro_batches=first)
-    places = place_ranks(config, stages=clock.stages, schedule=schedule, data=plan.data, dtype=plan.dtype)
     rows = config.batch.final_sequences
     return Phase(
         name=f"extension to {config.batch.sequence_length:,}",
@@ -112,8 +118,21 @@ def extension_phase(plan: TrainingPlan, *, config: PretrainConfig, steps: int) -
         steps=steps,
         tokens=steps * rows * config.batch.sequence_length,
         seconds=_seconds(plan, clock=clock, stretches=[Stretch(rows=rows, steps=steps)]),
-        bytes_of_fullest=max(place.on_device for place in places) + buffers(config, dtype=plan.dtype).total,
+        bytes_of_fullest=needed,
+        fits_with=least if needed <= capacity else next(fitting, 0),
     )
+
+
+def _sharing(plan: TrainingPlan, *, config: PretrainConfig, ranks: int) -> PretrainConfig:
+    return replace(config, parallel=replace(plan.config.parallel, context=ranks))
+
+
+def _fullest_bytes(plan: TrainingPlan, *, config: PretrainConfig) -> int:
+    parallel = config.parallel
+    stages = make_stages(parallel, model=config.model, sequence_length=config.batch.sequence_length)
+    schedule = make_schedule(parallel, num_micro_batches=usable_micro_batches(config, wanted=2 * parallel.pipeline))
+    places = place_ranks(config, stages=stages, schedule=schedule, data=plan.data, dtype=plan.dtype)
+    return max(place.on_device + place.messages for place in places) + buffers(config, dtype=plan.dtype).total
 
 
 def _seconds(plan: TrainingPlan, *, clock: StepClock, stretches: Sequence[Stretch]) -> float:
@@ -131,9 +150,11 @@ def _seconds(plan: TrainingPlan, *, clock: StepClock, stretches: Sequence[Stretc
     return sum(stretch.steps * (times[numbers[stretch.rows]] + last) for stretch in stretches)
 
 
-def _context_ranks(plan: TrainingPlan, *, config: PretrainConfig) -> int:
-    """Return by how many ranks each row is shared."""
+def _context_ranks(plan: TrainingPlan, *, config: PretrainConfig) -> list[int]:
+    """Return by how many ranks each row may be shared: as many as leave each its tokens of pre-training, and more."""
     before = plan.config.batch.micro_batch_sequences * plan.config.batch.sequence_length
     wanted = -(-config.batch.micro_batch_sequences * config.batch.sequence_length // before)
     wanted *= plan.config.parallel.context
-    return max(size for size in range(1, plan.data + 1) if plan.data % size == 0 and size <= wanted)
+    sizes = [size for size in range(1, plan.data + 1) if plan.data % size == 0]
+    least = max(size for size in sizes if size <= wanted)
+    return [size for size in sizes if size >= least]

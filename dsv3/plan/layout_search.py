@@ -91,7 +91,7 @@ def lighter_split(plan: TrainingPlan) -> TrainingPlan | None:
             gpu=plan.gpu,
             world=plan.world,
             imbalance=plan.imbalance,
-            exact=False,
+            exact=plan.exact,
         )
         if other.fits:
             return other

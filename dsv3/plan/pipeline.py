@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from itertools import product
+from typing import NamedTuple
 
 from dsv3.errors import ConfigError
 
@@ -23,9 +25,8 @@ class Kind(StrEnum):
     """Backward for the weights' gradients, which nobody waits for."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Action:
-    """One chunk of work."""
+class Action(NamedTuple):
+    """One chunk of work; a tuple, since thousands of them are looked up for one plan."""
 
     kind: Kind
     stage: int
@@ -57,18 +58,19 @@ class Schedule:
     """By rank."""
 
     def __post_init__(self) -> None:
-        counted = Counter(action for rank in self.steps for step in rank for action in step)
+        counted: dict[Kind, Counter[tuple[int, int]]] = {kind: Counter() for kind in Kind}
         for rank, mine in enumerate(self.steps):
             done: set[Action] = set()
             for step in mine:
                 for action in step:
                     assert self.rank_of(action) == rank, f"{self.name}: {action} is not rank {rank}'s"
                     assert self._may_follow(action, done=done), f"{self.name}: rank {rank} does {action} too early"
+                    counted[action.kind][action.stage, action.micro_batch] += 1
                 done.update(step)
-        for stage in range(self.num_stages):
-            for micro_batch in range(self.num_micro_batches):
-                forward, whole, inputs, weights = (counted[Action(kind, stage, micro_batch)] for kind in Kind)
-                assert (forward, whole + inputs, inputs) == (1, 1, weights), f"{self.name}: {stage}.{micro_batch}"
+        once = Counter(product(range(self.num_stages), range(self.num_micro_batches)))
+        forward, whole, inputs, weights = (counted[kind] for kind in Kind)
+        for found, wanted in ((forward, once), (whole + inputs, once), (inputs, weights)):
+            assert found == wanted, f"{self.name}: {sorted((found - wanted) + (wanted - found))[:1]}"
 
     @property
     def num_ranks(self) -> int:
@@ -99,15 +101,41 @@ class Schedule:
         return (forward, self._backward[stage + 1, micro_batch]) if stage + 1 < self.num_stages else (forward,)
 
     @cached_property
-    def waits(self) -> tuple[tuple[tuple[tuple[Action, bool], ...], ...], ...]:
-        """For each step of each rank what must have ended before it, and whether another rank does that."""
+    def waits(self) -> tuple[tuple[tuple[tuple[int, int, bool], ...], ...], ...]:
+        """For each step of each rank the steps that must have ended before it: rank, place, whether on another rank."""
+        places = {
+            action: (rank, place)
+            for rank, steps in enumerate(self.steps)
+            for place, step in enumerate(steps)
+            for action in step
+        }
         return tuple(
             tuple(
-                tuple((need, self.rank_of(need) != rank) for action in step for need in self.needs(action))
+                tuple((*places[need], places[need][0] != rank) for action in step for need in self.needs(action))
                 for step in steps
             )
             for rank, steps in enumerate(self.steps)
         )
+
+    @cached_property
+    def forms(self) -> tuple[tuple[Step, ...], tuple[tuple[int, ...], ...]]:
+        """The first step of each form, and for each step of each rank which form it has: its kinds and stages.
+
+        Steps of one form differ in their micro-batches alone.
+        """
+        found: dict[tuple[tuple[Kind, int], ...], int] = {}
+        first: list[Step] = []
+        numbers = []
+        for steps in self.steps:
+            mine = []
+            for step in steps:
+                form = tuple(action[:2] for action in step)
+                if form not in found:
+                    found[form] = len(first)
+                    first.append(step)
+                mine.append(found[form])
+            numbers.append(tuple(mine))
+        return tuple(first), tuple(numbers)
 
     @cached_property
     def carried(self) -> dict[Action, Action]:

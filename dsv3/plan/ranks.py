@@ -1,11 +1,10 @@
 """What each rank of a run will hold and do, worked out from its settings alone (report 3.2)."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from dsv3.config import ModelConfig, PretrainConfig
 from dsv3.errors import ConfigError
-from dsv3.plan.activations import FLOAT, activation_memory, fp8_cache, kept_at_end, kept_of_tokens
+from dsv3.plan.activations import FLOAT, fp8_cache, kept_at_end, kept_of_head, kept_of_tokens
 from dsv3.plan.counts import layer_counts
 from dsv3.plan.pipeline import Kind, Schedule
 from dsv3.plan.simulate import ChunkCosts, Timeline, simulate
@@ -47,12 +46,14 @@ class RankPlan:
     """Bytes kept from forward to backward, at the worst moment of a step."""
     fp8_cache: int
     """Of these, what is kept in FP8 or E5M6, with its scales (report 3.3.3)."""
+    messages: int
+    """Bytes of hidden states and their gradients on their way from and to the neighbours in the pipeline."""
     average: int
     """Bytes of the running average, in CPU memory."""
 
     @property
     def on_device(self) -> int:
-        """Everything but the average."""
+        """What stays or waits: everything but the average and messages."""
         return self.weights + self.master + self.gradients + self.moments + self.activations
 
 
@@ -110,13 +111,23 @@ def place_ranks(
     `data` ranks stand at each place. Activations are at their worst in the first micro-batches of `schedule`, so that a
     shorter one than the run's has the same.
     """
+    kept = _kept_by_stages(config, stages=stages, dtype=dtype)
     return tuple(
-        _place(config, stages=stages, schedule=schedule, rank=rank, data=data, dtype=dtype)
+        _place(config, stages=stages, schedule=schedule, rank=rank, data=data, dtype=dtype, kept_by_stages=kept)
         for rank in range(config.parallel.pipeline)
     )
 
 
-def _place(config: PretrainConfig, *, stages: Stages, schedule: Schedule, rank: int, data: int, dtype: str) -> RankPlan:
+def _place(
+    config: PretrainConfig,
+    *,
+    stages: Stages,
+    schedule: Schedule,
+    rank: int,
+    data: int,
+    dtype: str,
+    kept_by_stages: tuple[tuple[int, int], ...],
+) -> RankPlan:
     model = config.model
     held, last = stages.held_by(rank), len(stages.layers) - 1
     has_embedding, has_end = rank in stages.holders("embed_tokens"), last in held
@@ -136,8 +147,9 @@ def _place(config: PretrainConfig, *, stages: Stages, schedule: Schedule, rank: 
     wide = sum((one.in_fp8 + one.experts) if is_fp8 else 0 for one in all_held)  # FP32, its own master, and a copy
     narrow = shared + experts - wide
     is_bf16 = dtype == "bfloat16"
+    tokens = config.batch.micro_batch_sequences * config.batch.sequence_length // config.parallel.context
     own_wide, own_narrow = _own_parameters(config, counts=counts, is_fp8=is_fp8)
-    kept, in_fp8 = _peak_activations(config, stages=stages, schedule=schedule, rank=rank, dtype=dtype)
+    kept, in_fp8 = _peak_activations(schedule, rank=rank, kept_by_stages=kept_by_stages)
     return RankPlan(
         pipeline_rank=rank,
         ranks=range(rank * data, (rank + 1) * data),
@@ -153,6 +165,7 @@ def _place(config: PretrainConfig, *, stages: Stages, schedule: Schedule, rank: 
         moments=2 * (own_wide + own_narrow) * (2 if config.optim.bf16_moments else FLOAT),
         activations=kept,
         fp8_cache=in_fp8,
+        messages=stages.messages_of(rank) * tokens * model.hidden_size * (2 if is_bf16 else FLOAT),
         average=FLOAT * (own_wide + own_narrow) if config.optim.ema_decay > 0 else 0,
     )
 
@@ -209,33 +222,39 @@ def _of_end(config: PretrainConfig) -> _Held:
     )
 
 
-def _peak_activations(
-    config: PretrainConfig, *, stages: Stages, schedule: Schedule, rank: int, dtype: str
-) -> tuple[int, int]:
+def _peak_activations(schedule: Schedule, *, rank: int, kept_by_stages: tuple[tuple[int, int], ...]) -> tuple[int, int]:
     """Return the most bytes that a rank's chunks hold at once in the order of its schedule, and of these, in FP8."""
-    size: Mapping[int, tuple[int, int]] = {
-        stage: _stage_activations(config, stages=stages, stage=stage, dtype=dtype) for stage in stages.held_by(rank)
-    }
     held = in_fp8 = 0
     peak = (0, 0)
     for step in schedule.steps[rank]:
-        for action in step:
-            if action.kind is Kind.FORWARD:
-                held, in_fp8 = held + size[action.stage][0], in_fp8 + size[action.stage][1]
+        for kind, stage, _ in step:
+            if kind is Kind.FORWARD:
+                held, in_fp8 = held + kept_by_stages[stage][0], in_fp8 + kept_by_stages[stage][1]
         peak = max(peak, (held, in_fp8))
-        for action in step:
-            if action.kind in (Kind.BACKWARD, Kind.WEIGHT):
-                held, in_fp8 = held - size[action.stage][0], in_fp8 - size[action.stage][1]
+        for kind, stage, _ in step:
+            if kind is Kind.BACKWARD or kind is Kind.WEIGHT:
+                held, in_fp8 = held - kept_by_stages[stage][0], in_fp8 - kept_by_stages[stage][1]
     return peak
 
 
-def _stage_activations(config: PretrainConfig, *, stages: Stages, stage: int, dtype: str) -> tuple[int, int]:
-    layers, model = stages.layers[stage], config.model
-    is_last = stage == len(stages.layers) - 1
-    dense = sum(not model.is_moe_layer(layer) for layer in layers)
+def _kept_by_stages(config: PretrainConfig, *, stages: Stages, dtype: str) -> tuple[tuple[int, int], ...]:
+    """Return the bytes that a micro-batch leaves at each stage, and of these, in FP8; equal stages are told once."""
+    model = config.model
+    forms = [
+        (len(layers), sum(not model.is_moe_layer(layer) for layer in layers), stage == len(stages.layers) - 1)
+        for stage, layers in enumerate(stages.layers)
+    ]
+    kept = {
+        form: _kept_by_stage(config, layers=form[0], dense=form[1], is_last=form[2], dtype=dtype) for form in set(forms)
+    }
+    return tuple(kept[form] for form in forms)
+
+
+def _kept_by_stage(config: PretrainConfig, *, layers: int, dense: int, is_last: bool, dtype: str) -> tuple[int, int]:
+    model = config.model
     part: ModelConfig = replace(
         model,
-        num_hidden_layers=len(layers),
+        num_hidden_layers=layers,
         first_k_dense_replace=dense,
         num_nextn_predict_layers=model.num_nextn_predict_layers if is_last else 0,
     )
@@ -244,5 +263,5 @@ def _stage_activations(config: PretrainConfig, *, stages: Stages, stage: int, dt
     kept = kept_of_tokens(of_stage, tokens=tokens, dtype=dtype)
     own_tokens = -(-tokens // config.parallel.context)
     if not is_last:
-        kept -= activation_memory(of_stage, dtype=dtype).per_pass + own_tokens * kept_at_end(config, dtype=dtype)
+        kept -= kept_of_head(part, tokens=own_tokens, dtype=dtype) + own_tokens * kept_at_end(config, dtype=dtype)
     return kept, fp8_cache(of_stage).per_token * own_tokens

@@ -3,10 +3,10 @@
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from dsv3.errors import ConfigError
-from dsv3.plan.pipeline import Action, Kind, Schedule, Step
+from dsv3.plan.pipeline import Kind, Schedule, Step
 
 
 @runtime_checkable
@@ -19,7 +19,7 @@ class Costs(Protocol):
         ...
 
     def of(self, step: Step) -> float:
-        """Return the time of a step."""
+        """Return the time of a step, which is that of all steps with its kinds and stages."""
         ...
 
 
@@ -55,8 +55,7 @@ class ChunkCosts:
         return sum(times[action.kind] for action in step)
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """One step of a rank, in time."""
 
     step: Step
@@ -115,30 +114,32 @@ def simulate(schedule: Schedule, *, costs: Costs) -> Timeline:
     Raises:
         ConfigError: ranks wait for each other in a circle; says for what.
     """
-    ended: dict[Action, float] = {}
+    ended: list[list[float]] = [[] for _ in range(schedule.num_ranks)]
     spans: list[list[Span]] = [[] for _ in range(schedule.num_ranks)]
-    waiting: dict[Action, list[int]] = defaultdict(list)
+    waiting: dict[tuple[int, int], list[int]] = defaultdict(list)
+    steps_of_form, forms = schedule.forms
+    seconds = [costs.of(step) for step in steps_of_form]
+    send = costs.send
     ready = list(range(schedule.num_ranks))
     while ready:
         rank = ready.pop()
-        steps = schedule.steps[rank]
-        while len(spans[rank]) < len(steps):
-            step = steps[len(spans[rank])]
-            needs = schedule.waits[rank][len(spans[rank])]
-            missing = next((need for need, _ in needs if need not in ended), None)
-            if missing is not None:
-                waiting[missing].append(rank)
-                break
-            free = spans[rank][-1].end if spans[rank] else 0.0
-            arrivals = [ended[need] + (costs.send if is_sent else 0.0) for need, is_sent in needs]
-            start = max([free, *arrivals])
-            end = start + costs.of(step)
-            spans[rank].append(Span(step, start, end))
-            for action in step:
-                ended[action] = end
-                ready += waiting.pop(action, [])
-    stuck = {rank: need for need, ranks in waiting.items() for rank in ranks}
+        steps, mine = schedule.steps[rank], ended[rank]
+        for place in range(len(mine), len(steps)):
+            start = mine[-1] if mine else 0.0
+            for other, step, is_sent in schedule.waits[rank][place]:
+                if len(ended[other]) <= step:
+                    waiting[other, step].append(rank)
+                    break
+                start = max(start, ended[other][step] + (send if is_sent else 0.0))
+            else:
+                end = start + seconds[forms[rank][place]]
+                spans[rank].append(Span(steps[place], start, end))
+                mine.append(end)
+                ready += waiting.pop((rank, place), ())
+                continue
+            break
+    stuck = {rank: schedule.steps[other][step] for (other, step), ranks in waiting.items() for rank in ranks}
     if stuck:
-        told = ", ".join(f"rank {rank} for {need}" for rank, need in sorted(stuck.items()))
+        told = ", ".join(f"rank {rank} for {' and '.join(map(str, step))}" for rank, step in sorted(stuck.items()))
         raise ConfigError(f"schedule {schedule.name} never ends: all wait, {told}")
     return Timeline(schedule=schedule, spans=tuple(map(tuple, spans)))

@@ -10,6 +10,9 @@ from dsv3.plan.counts import expanded_attention_flops_per_token, layer_counts
 from dsv3.plan.pipeline import Schedule
 from dsv3.plan.schedules import SCHEDULES, one_f_one_b
 
+MESSAGES_AHEAD = 2
+"""Messages that a rank is ready to take from a neighbour before it needs them (parallel/messages.py)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stages:
@@ -36,11 +39,26 @@ class Stages:
 
     def holders(self, name: str) -> tuple[int, ...]:
         """Return the pipeline ranks that hold it, lowest first."""
-        return tuple(sorted({route[stage] for route in self.routes for stage in self.stages_of(name)}))
+        return tuple(sorted({rank for stage in self.stages_of(name) for rank in self._ranks[stage]}))
 
     def held_by(self, rank: int) -> tuple[int, ...]:
         """Return the stages that a pipeline rank holds."""
-        return tuple(sorted({stage for route in self.routes for stage, at in enumerate(route) if at == rank}))
+        return tuple(stage for stage, ranks in enumerate(self._ranks) if rank in ranks)
+
+    def messages_of(self, rank: int) -> int:
+        """Return the most hidden states and gradients of them, each of a micro-batch, that a rank has under way.
+
+        It is ready for `MESSAGES_AHEAD` from each neighbour, and of each kind that it sends, one has not been taken yet
+        and one is being made.
+        """
+        crossings = [pair for route in self.routes for pair in pairwise(route) if pair[0] != pair[1]]
+        sent_to = [to for pair in crossings for at, to in (pair, pair[::-1]) if at == rank]
+        return MESSAGES_AHEAD * len(set(sent_to)) + 2 * len(sent_to)
+
+    @cached_property
+    def _ranks(self) -> tuple[frozenset[int], ...]:
+        """Pipeline ranks of each stage."""
+        return tuple(map(frozenset, zip(*self.routes, strict=True)))
 
     @cached_property
     def ends(self) -> tuple[int, ...]:
@@ -64,7 +82,7 @@ def split_layers(
         if len(counts) != num_stages or sum(counts) != num_layers or min(counts) < 1:
             raise ConfigError(
                 f"parallel.stage_layers = {list(counts)} does not split {num_layers} layers into {num_stages} stages; "
-                f"give {num_stages} numbers of at least 1 with the sum {num_layers}"
+                f"give {num_stages} numbers of at least 1 with the sum {num_layers}, or [] for a split by FLOPs"
             )
         starts = [sum(counts[:stage]) for stage in range(num_stages + 1)]
         return tuple(range(start, end) for start, end in pairwise(starts))
@@ -72,7 +90,7 @@ def split_layers(
         raise ConfigError(
             f"{num_layers} layers do not make up {num_stages} stages of a pipeline; use at most {num_layers} of them"
         )
-    costs = layer_costs(model, sequence_length=sequence_length)
+    costs = tuple(layer_costs(model, sequence_length=sequence_length))
     ends = _split(costs, num_parts=num_stages, at_the_end=end_cost(model, sequence_length=sequence_length))
     return tuple(range(start, end) for start, end in pairwise((0, *ends)))
 
@@ -96,7 +114,8 @@ def end_cost(model: ModelConfig, *, sequence_length: int) -> int:
     return head * (1 + modules) + module * modules
 
 
-def _split(costs: list[int], *, num_parts: int, at_the_end: int) -> tuple[int, ...]:
+@lru_cache(maxsize=256)
+def _split(costs: tuple[int, ...], *, num_parts: int, at_the_end: int) -> tuple[int, ...]:
     """Return where each part ends, with the smallest possible largest sum; every part has something."""
     total = len(costs)
     sums = [0]

@@ -31,6 +31,7 @@ class TrainingPlan:
     places: tuple[RankPlan, ...]
     buffers: Buffers
     flows: tuple[Flow, ...]
+    """Gradients and weights as the ranks with most of them have it: a step ends when theirs are there."""
     micro_batches: int
     """Of each pipeline in a step."""
     idle_micro_batches: int
@@ -56,12 +57,12 @@ class TrainingPlan:
 
     def bytes_of(self, place: RankPlan) -> int:
         """Return what a rank holds at its fullest, buffers included."""
-        return place.on_device + self.buffers.total
+        return place.on_device + place.messages + self.buffers.total
 
     @property
     def fullest(self) -> RankPlan:
         """The place whose ranks hold most."""
-        return max(self.places, key=lambda place: place.on_device)
+        return max(self.places, key=self.bytes_of)
 
     @property
     def fits(self) -> bool:
@@ -134,7 +135,7 @@ def plan_training(
     first = usable_micro_batches(config, wanted=min(wanted, 2 * parallel.pipeline))
     schedule = make_schedule(parallel, num_micro_batches=first)
     places = place_ranks(config, stages=clock.stages, schedule=schedule, data=data, dtype=dtype)
-    fullest = max(places, key=lambda place: place.on_device)
+    last_to_step = max(places, key=lambda place: place.gradients)
     return TrainingPlan(
         config=config,
         gpu=gpu,
@@ -143,7 +144,9 @@ def plan_training(
         dtype=dtype,
         places=places,
         buffers=buffers(config, dtype=dtype),
-        flows=step_flows(config, gpu=gpu, stages=clock.stages, place=fullest, data=data, micro_batches=micro_batches),
+        flows=step_flows(
+            config, gpu=gpu, stages=clock.stages, place=last_to_step, data=data, micro_batches=micro_batches
+        ),
         micro_batches=micro_batches,
         idle_micro_batches=micro_batches - wanted,
         clock=clock,

@@ -90,7 +90,7 @@ def _memory(plan: TrainingPlan) -> Iterator[Line]:
         ("FP8 caches", place.fp8_cache, COMPUTED, "kept in FP8 and E5M6, with their scales (report 3.3.3)"),
         (
             "buffers",
-            room.total - room.system,
+            place.messages + room.total - room.system,
             ASSUMPTION,
             "rows at the experts, hidden states under way, a chunk of logits",
         ),
@@ -281,8 +281,9 @@ def _cost(plan: TrainingPlan, *, cost: Cost) -> Iterator[Line]:
         why=f"{before.steps:,} steps, {before.tokens / 1e12:.4g}T tokens, the batch growing as set; {days:.1f} days",
     )
     for phase in cost.extensions:
-        memory = phase.bytes_of_fullest / 1e9
-        fits = "fits" if memory <= plan.gpu.memory_gb else "DOES NOT FIT"
+        fits = "fits"
+        if phase.fits_with != phase.context_ranks:
+            fits = "DOES NOT FIT" + (f" with our trainer; {phase.fits_with} would" if phase.fits_with else "")
         yield Line(
             section="cost",
             name=phase.name,
@@ -290,7 +291,7 @@ def _cost(plan: TrainingPlan, *, cost: Cost) -> Iterator[Line]:
             unit="GPU-hours",
             source=ASSUMPTION if phase.context_ranks > 1 else COMPUTED,
             why=f"{phase.steps:,} steps; each row on {phase.context_ranks} ranks (how, is not published); "
-            f"{memory:.1f} GB, {fits}",
+            f"{phase.bytes_of_fullest / 1e9:.1f} GB, {fits}",
         )
     yield Line(
         section="cost",

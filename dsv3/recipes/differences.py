@@ -205,7 +205,8 @@ LEFT_OPEN: dict[str, str] = {
     "optim.ema_decay": "the report keeps an average and does not say how long",
     "optim.weight_decay": "published; which parameters it skips is not: one-dimensional ones",
     "precision.swiglu_cache_power_of_two": "how scales of this cache are rounded; three others are powers of two",
-    "parallel.stage_layers": "how 61 layers fall into 16 stages; ours has each stage take equally many FLOPs",
+    "parallel.stage_layers": "how 61 layers fall into 16 stages; ours has three in the first and two in the last, "
+    "so that the rank of both ends fits into 80 GB",
     "batch.multiple_of": "the ramp is published by its ends only; ours is linear in tokens, in steps of this many",
 }
 """Settings of which the report leaves the value, or a part of the meaning, open: what was chosen here."""

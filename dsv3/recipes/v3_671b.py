@@ -76,7 +76,17 @@ def v3_671b() -> PretrainConfig:
         ),
         precision=PrecisionConfig(recipe="fp8_v3"),
         # 2,048 GPUs: 128 pipelines of 16, whose ranks share the experts of a layer by 64 (report 3.2).
-        parallel=ParallelConfig(pipeline=16, schedule="dualpipe", expert=64, wire="fp8", ranks_per_node=8, zero=True),
+        # Not published: how 61 layers fall into 16 stages. Four to each but the last take equally many FLOPs, and then
+        # the first rank, which has both ends of the model, does not fit into 80 GB (docs/planning.md).
+        parallel=ParallelConfig(
+            pipeline=16,
+            schedule="dualpipe",
+            stage_layers=(3, *(4,) * 14, 2),
+            expert=64,
+            wire="fp8",
+            ranks_per_node=8,
+            zero=True,
+        ),
         mtp=MtpLossConfig(early_weight=0.3, late_weight=0.1, switch_tokens=10_000_000_000_000),
         balance=BalanceConfig(
             method="bias",

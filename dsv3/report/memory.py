@@ -30,7 +30,7 @@ def draw_memory(plan: TrainingPlan, *, file: Path) -> None:
         "moments": [place.moments for place in places],
         "activations": [place.activations - place.fp8_cache for place in places],
         "FP8 caches": [place.fp8_cache for place in places],
-        "buffers and system": [plan.buffers.total] * len(places),
+        "buffers and system": [place.messages + plan.buffers.total for place in places],
     }
     with picture(file, width=max(6.0, 1.6 + 0.42 * len(places)), height=3.8) as figure:
         axes = figure.add_subplot()

@@ -3,11 +3,12 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.logging import RichHandler
 
 ROOT = "dsv3"
 
@@ -25,23 +26,33 @@ def say_once(message: str, *, level: int = logging.INFO) -> None:
 
 def show_log(*, level: int = logging.INFO) -> None:
     """Print the log to the terminal's error stream, through rich. For programs; a library leaves this to its user."""
-    from rich.console import Console
-    from rich.logging import RichHandler
-
     logger = get_logger(ROOT)
     logger.setLevel(level)
-    if not any(isinstance(handler, RichHandler) for handler in logger.handlers):
-        handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False, show_time=False)
-        logger.addHandler(handler)
+    if not any(isinstance(handler, _ThroughRich) for handler in logger.handlers):
+        logger.addHandler(_ThroughRich())
         logger.propagate = False
+
+
+class _ThroughRich(logging.Handler):
+    """Loads rich with the first line there is to print: it takes longer than many verbs that print none."""
+
+    @cached_property
+    def rich(self) -> "RichHandler":
+        """What prints."""
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        return RichHandler(console=Console(stderr=True), show_path=False, show_level=False, show_time=False)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a line."""
+        self.rich.emit(record)
 
 
 @contextmanager
 def log_through(console: "Console") -> Iterator[None]:
     """Print the log by way of `console` while the block runs: above its live picture instead of through it."""
-    from rich.logging import RichHandler
-
-    handlers = [handler for handler in get_logger(ROOT).handlers if isinstance(handler, RichHandler)]
+    handlers = [handler.rich for handler in get_logger(ROOT).handlers if isinstance(handler, _ThroughRich)]
     before = [handler.console for handler in handlers]
     for handler in handlers:
         handler.console = console

@@ -18,7 +18,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def run_verb(verb, *arguments, monkeypatch, capsys):
     """Run the command line with one verb of ours, in this process."""
 
-    def build_app(options):
+    def build_app(options, verbs=()):
         app = real_build_app(options)
         app.command("probe")(verb)
         return app
@@ -121,7 +121,7 @@ def test_a_full_disk_names_the_file(monkeypatch, capsys):
 
 
 def test_the_traceback_flag_lets_the_error_through(monkeypatch):
-    def build_app(options):
+    def build_app(options, verbs=()):
         app = typer.Typer()
 
         @app.callback()
@@ -163,7 +163,7 @@ def test_a_verb_may_choose_its_exit_code(monkeypatch, capsys):
 
 
 def test_a_bug_of_ours_is_not_dressed_up_as_a_mistake_of_the_user(monkeypatch):
-    def build_app(options):
+    def build_app(options, verbs=()):
         app = typer.Typer()
 
         @app.callback()

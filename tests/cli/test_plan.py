@@ -56,12 +56,24 @@ def test_published_numbers_stand_beside_the_plan_of_the_published_run_only(publi
     assert not any(line["published"] for line in other["lines"])
 
 
-def test_the_text_has_the_same_lines():
+def test_the_text_has_the_same_lines_and_the_published_layout_fits(published):
+    """It ran (report 3.2)."""
     told = run(*PUBLISHED).output
     assert "128 pipelines of 16, experts over 64, schedule dualpipe, 120 micro-batches each" in told
     assert "fitted: more than the mean" in told
+    assert published["bytes_per_rank"]["fits"]
+    assert all(line["name"] in told for line in published["lines"])
+
+
+def test_a_layout_that_does_not_fit_says_which_split_of_its_layers_does():
+    told = run(*PUBLISHED, "--set", "parallel.stage_layers=[]").output
     assert "It does not fit: ranks 0-127, 1920-2047" in told
-    assert "--set parallel.stage_layers=[" in told
+    assert "--set parallel.stage_layers=[3," in told
+
+
+def test_a_recipe_s_split_of_layers_is_for_its_own_pipeline():
+    found = json.loads(run("plan", "v3_671b", "--gpus", "2048", "--pp", "8", "--json").output)
+    assert (found["parallel"]["pipeline"], found["parallel"]["stage_layers"]) == (8, [])
 
 
 @pytest.mark.parametrize("recipe", ["tiny", "small", "v3_16b", "v3_236b"])

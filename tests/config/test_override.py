@@ -28,7 +28,7 @@ def test_assigning_every_setting_of_one_recipe_to_another_gives_that_recipe(name
 def to_json(value):
     return json.dumps(
         [to_dict(item) for item in value]
-        if value and isinstance(value, tuple) and not isinstance(value[0], str)
+        if value and isinstance(value, tuple) and not isinstance(value[0], str | int)
         else value
     )
 

@@ -114,8 +114,6 @@ CASES = [
     pytest.param(size, parallel, recipe, marks=SLOW if recipe != "original" else marks, id=f"{name}, {recipe}")
     for name, (size, parallel, marks) in LAYOUTS.items()
     for recipe in ("original", "fp8_v3")
-    # Missed: in FP8 the first of four ranks, with one dense layer alone, holds 21.6 MB; planned are 19.0.
-    if (name, recipe) != ("1f1b 4", "fp8_v3")
 ]
 
 
@@ -137,5 +135,5 @@ def test_a_rank_holds_what_the_plan_says(size, parallel, recipe, on_ranks):
         # In FP8 the parameters are the masters; their copies are made anew in each step.
         assert rank["weights"] <= place.weights + place.master
         assert rank["moments"] == pytest.approx(place.moments, rel=0.001)
-        # Of the buffers, hidden states on their way between stages are there when a part of a chunk is over.
-        assert rank["most"] == pytest.approx(place.on_device + plan.buffers.pipeline, rel=0.10)
+        # Hidden states on their way between stages are there when a part of a chunk is over; other buffers are not.
+        assert rank["most"] == pytest.approx(place.on_device + place.messages, rel=0.10)

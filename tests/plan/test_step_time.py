@@ -15,7 +15,7 @@ EQUAL = WorkTimes(forward=1.0, backward=1.0, weight=1.0)
 
 
 def clock(schedule="dualpipe", *, pipeline=4):
-    parallel = replace(V3.parallel, schedule=schedule, pipeline=pipeline)
+    parallel = replace(V3.parallel, schedule=schedule, pipeline=pipeline, stage_layers=())
     return StepClock(config=replace(V3, parallel=parallel), gpu=H800, imbalance=0.2)
 
 
@@ -58,7 +58,7 @@ def test_long_steps_are_told_from_short_ones(schedule):
 def test_a_schedule_is_given_as_many_micro_batches_as_it_needs():
     assert usable_micro_batches(V3, wanted=24) == 32  # two for each of 16 ranks
     assert usable_micro_batches(V3, wanted=119) == 120
-    alone = replace(V3, parallel=replace(V3.parallel, pipeline=1))
+    alone = replace(V3, parallel=replace(V3.parallel, pipeline=1, stage_layers=()))
     assert usable_micro_batches(alone, wanted=3) == 3
 
 
