@@ -10,19 +10,21 @@ from dsv3.errors import ConfigError
 class ReadingConfig:
     """What a document is."""
 
-    max_document_bytes: int = 2 * 2**20
+    max_document_bytes: int = 2**20
     """A longer text is cut into documents of about this size at line ends, so that memory stays flat."""
-    max_line_bytes: int = 16 * 2**20
+    max_line_bytes: int = 8 * 2**20
     """A longer line of JSON is not read: it would have to fit in memory several times over."""
-    max_page_bytes: int = 4 * 2**20
-    """A larger web page is not read: its tree takes a hundred times its bytes."""
+    max_page_bytes: int = 2**20
+    """A larger web page is not read: its tree takes 20 times its bytes (Common Crawl long cut pages here)."""
+    max_page_tags: int = 30_000
+    """A web page with more tags is not read: each takes 800 bytes of memory, and time that grows with their square."""
     max_remarks: int = 5
     """Documents shown for each reason to drop one."""
     repair: bool = True
     """Whether misread encodings, control characters and line ends are mended."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "max_document_bytes", "max_line_bytes", "max_page_bytes", "max_remarks")
+        require_positive(self, "max_document_bytes", "max_line_bytes", "max_page_bytes", "max_page_tags", "max_remarks")
 
 
 @dataclass(frozen=True, kw_only=True)
