@@ -68,9 +68,14 @@ class QualityConfig:
     """Share of lines that were there before (Gopher)."""
     max_repeated_line_characters: float = 0.2
     max_top_ngram: tuple[float, ...] = (0.2, 0.18, 0.16)
-    """Share of all characters in the most frequent 2-, 3- and 4-gram (Gopher)."""
+    """Share of all characters in the most frequent 2-, 3- and 4-gram (Gopher). Where each character counts as a word,
+    as in Chinese, n-grams are of twice as many: a word has about two."""
     max_repeated_ngram: tuple[float, ...] = (0.15, 0.14, 0.13, 0.12, 0.11, 0.1)
     """Share of all characters in 5- to 10-grams that were there before (Gopher)."""
+    maths_repetition: float = 2.5
+    """Of mathematics the shares of n-grams may be so many times higher: a proof says its formulas again and again."""
+    max_digits: float = 0.25
+    """Share of digits in all characters but those of mathematics: logs and tables (ours)."""
     max_short_lines: float = 0.67
     """Share of lines of 30 characters or fewer (FineWeb), for texts of web pages."""
     min_line_ends: float = 0.12
@@ -86,10 +91,10 @@ class QualityConfig:
 
     def __post_init__(self) -> None:
         require_not_negative(self, "min_words", "min_stop_words", "max_code_line", "max_symbol_ratio")
-        require_positive(self, "max_words")
+        require_positive(self, "max_words", "maths_repetition")
         shares = ("max_bullet_lines", "max_ellipsis_lines", "min_letter_words", "max_repeated_lines")
         require_fraction(self, *shares, "max_repeated_line_characters", "max_short_lines", "min_line_ends")
-        require_fraction(self, "min_code_letters")
+        require_fraction(self, "min_code_letters", "max_digits")
         if len(self.max_top_ngram) != 3 or len(self.max_repeated_ngram) != 6:
             raise ConfigError("max_top_ngram has a share for 2, 3 and 4 words, max_repeated_ngram one for 5 to 10")
 

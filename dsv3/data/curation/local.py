@@ -4,9 +4,11 @@ A worker that is killed takes its task with it; datatrove waits for the task for
 nothing of it). Here the task is run again, and the preparation ends with an error when that does not help.
 """
 
+import ctypes
 import io
 import multiprocessing
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +25,8 @@ from dsv3.errors import DataError, Dsv3Error
 ATTEMPTS = 3
 """Times that a stage goes on after killed workers without having finished another task."""
 
+M_ARENA_MAX = -8
+"""Of glibc's malloc.h."""
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
 """Of every worker, as many as there are cores; a stage of one task has all cores to itself."""
 
@@ -119,6 +123,7 @@ def _checked(error: str) -> None:
 
 def _run_task(executor: LocalExecutor, rank: int) -> str:
     """Run one task, and return what is wrong; other errors are bugs, and come with their traceback."""
+    _keep_one_arena()
     executor = deepcopy(executor)
     logger.remove()
     with redirect_stderr(io.StringIO()):  # What datatrove says stands in the log of each task.
@@ -129,6 +134,17 @@ def _run_task(executor: LocalExecutor, rank: int) -> str:
         finally:
             logger.remove()
     return ""
+
+
+def _keep_one_arena() -> None:
+    """Have glibc take all memory from one place, where there is glibc.
+
+    It gives each thread its own, and the threads that tokenise texts of 1 MiB leave holes in all of them: 330 MB in
+    use became 200, at the same speed.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_ARENA_MAX, 1)
 
 
 def _end_with(parent: int) -> None:
