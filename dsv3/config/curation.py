@@ -107,6 +107,8 @@ class DuplicateConfig:
     """Whether a text that is another one but for the space around it is dropped."""
     near: bool = True
     """Whether MinHash looks for texts that are nearly another one."""
+    min_near_words: int = 50
+    """A shorter text is a copy of what is exactly the same alone: two sums that differ in a number are not copies."""
     shingle_words: int = 5
     bands: int = 14
     rows: int = 8
@@ -115,6 +117,7 @@ class DuplicateConfig:
     seed: int = 1
 
     def __post_init__(self) -> None:
+        require_not_negative(self, "min_near_words")
         require_positive(self, "shingle_words", "bands", "rows")
 
 
