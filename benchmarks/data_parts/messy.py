@@ -1,7 +1,9 @@
-"""Real text of this machine, and what is planted in it."""
+"""Real text of this machine, what is planted in it, and files that are large in every way."""
 
+import gzip
 import json
 import random
+import shutil
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,24 @@ def real_folders(*, quick: bool) -> dict[str, Path]:
     return {name: folder for name, folder in folders.items() if folder.is_dir()}
 
 
+def links(folders: dict[str, Path], *, folder: Path, megabytes: int, every: int = 1) -> list[str]:
+    """Fill folders with links to so many MB of real files, every nth of them, and return them as inputs."""
+    log, inputs = ReadingLog(), []
+    for name, place in folders.items():
+        files = list_files(InputConfig(name=name, path=str(place)), number=0, log=log)
+        random.Random(name).shuffle(files)
+        (folder / name).mkdir(parents=True)
+        taken = 0
+        for number, file in enumerate(files):
+            if taken > megabytes * 1_000_000 // len(folders):
+                break
+            taken += file.size
+            if number % every == 0:
+                (folder / name / f"{number:06d}-{file.name}").symlink_to(file.url)
+        inputs.append(f"{name}={folder / name}")
+    return inputs
+
+
 def sentences(chance: random.Random, *, words: list[str], count: int) -> str:
     """Return made-up prose that no rule drops."""
     lines = []
@@ -54,7 +74,7 @@ def shingles(text: str) -> set[tuple[str, ...]]:
     return {tuple(words[place : place + SHINGLE]) for place in range(len(words) - SHINGLE + 1)}
 
 
-def plant(folder: Path, *, megabytes_of_line: int) -> Planted:
+def plant(folder: Path) -> Planted:
     """Write a folder of planted documents."""
     chance = random.Random(0)
     folder.mkdir(parents=True)
@@ -82,7 +102,7 @@ def plant(folder: Path, *, megabytes_of_line: int) -> Planted:
         (folder / f"item-{number:04d}.txt").write_text(f"{text}\n{item.upper()}\n{text[:300]}.")
         contaminated.append(f"planted/item-{number:04d}.txt")
         items.append(item)
-    write_junk(folder, chance=chance, megabytes_of_line=megabytes_of_line)
+    write_junk(folder, chance=chance)
     items_file = folder / "items.jsonl"
     items_file.write_text("".join(json.dumps({"question": item}) + "\n" for item in items))
     outside = folder.with_name("items.jsonl")
@@ -90,7 +110,7 @@ def plant(folder: Path, *, megabytes_of_line: int) -> Planted:
     return Planted(exact=exact, near=near, contaminated=contaminated, items_file=outside)
 
 
-def write_junk(folder: Path, *, chance: random.Random, megabytes_of_line: int) -> None:
+def write_junk(folder: Path, *, chance: random.Random) -> None:
     """Write what no reader should fall over."""
     (folder / "junk.bin").write_bytes(chance.randbytes(2_000_000))
     (folder / "junk.txt").write_bytes(chance.randbytes(2_000_000))
@@ -102,13 +122,39 @@ def write_junk(folder: Path, *, chance: random.Random, megabytes_of_line: int) -
     (folder / "wide.txt").write_text("The sea and the land of that time. " * 60, encoding="utf-16")
     (folder / "broken.txt").write_bytes(b"Half a \xe4\xb8 character and \xff\xfe of that. " * 60)
     (folder / "empty.txt").touch()
-    with (folder / "line.txt").open("wb") as file:
-        piece = sentences(chance, words=["alpha", "beta", "gamma", "delta", *(f"w{n}" for n in range(90))], count=900)
-        data = piece.replace("\n", " ").encode()
-        for _ in range(megabytes_of_line * 1_000_000 // len(data)):
-            file.write(data)
-    with (folder / "line.jsonl").open("wb") as file:
-        file.write(b'{"text": "' + b"x" * (megabytes_of_line * 100_000) + b'"}\n{"text": "after a long line"}\n')
+
+
+def write_large(folder: Path, *, megabytes: int) -> None:
+    """Write a single line of so many MB, as text and as JSON, a page of a fifth of it, and gzip of each.
+
+    An eighth of the line is text that is kept; the rest says the same again and again. Beside them lie what is just
+    within the limits: a page with nearly as many tags and bytes as may be, a line of JSON in Chinese.
+    """
+    folder.mkdir(parents=True)
+    chance, limits = random.Random(1), ReadingConfig()
+    words = [f"{first}{second}{third}" for first in "bdfgklmnprst" for second in "aeiou" for third in "lmnrst"]
+    words += ["the", "of", "and", "to", "with", "that"] * 20
+    blocks = [" ".join(chance.choices(words, k=3000)).encode() + b". " for _ in range(40 * megabytes // 8)]
+    repeated = megabytes * 7 // 8 * 1_000_000 // len(blocks[0])
+    with (folder / "line.txt").open("wb") as text, (folder / "line.jsonl").open("wb") as line:
+        line.write(b'{"text": "')
+        for block in (*chance.choices(blocks, k=megabytes * 125_000 // len(blocks[0])), *[blocks[0]] * repeated):
+            text.write(block)
+            line.write(block)
+        line.write(b'"}\n{"text": "after a long line"}\n')
+    with (folder / "page.html").open("wb") as page:
+        page.write(b"<html><body><article>")
+        for number in range(megabytes // 5 * 1_000_000 // 1000):
+            page.write(b"<p>" + blocks[number % len(blocks)][:1000] + b"</p>\n")
+    for name in ("line.txt", "line.jsonl", "page.html"):
+        with (folder / name).open("rb") as whole, gzip.open(folder / f"{name}.gz", "wb", compresslevel=1) as packed:
+            shutil.copyfileobj(whole, packed, 2**20)
+    tags = limits.max_page_tags * 9 // 10 // 4
+    cells = (f"<p>{words[n % 300]} and <a href=/>{words[n * 7 % 360]} {n}</a></p>\n" for n in range(tags))
+    (folder / "tags.html").write_text(f"<html><body>{''.join(cells)}</body></html>")
+    signs = "".join(map(chr, range(0x4E00, 0x4E00 + 3000)))
+    chinese = "".join(chance.choices(signs, k=limits.max_line_bytes * 9 // 10 // 3))
+    (folder / "chinese.jsonl").write_text(json.dumps({"text": chinese}, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def sample_lines(inputs: list[str], *, folder: Path, megabytes: int) -> float:

@@ -309,7 +309,7 @@ def draw_samples(config: "PretrainConfig", *, folder: Path, progress: "Progress"
 
 def make_report(folder: Path) -> str:
     """Write report.html."""
-    from dsv3.report import write_report
+    from dsv3.report.page import write_report
 
     return str(write_report(folder))
 

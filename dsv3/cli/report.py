@@ -15,6 +15,6 @@ def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, finished or not, such as runs/quickstart.")],
 ) -> None:
     """Write report.html into a run folder: curves, expert load, corpus, samples and settings on one page."""
-    from dsv3.report import write_report
+    from dsv3.report.page import write_report
 
     typer.echo(write_report(run))

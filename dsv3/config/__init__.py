@@ -1,7 +1,7 @@
 """Every setting, as frozen keyword-only dataclasses with units and sources. Imports no torch."""
 
 from dsv3.config.balance import BalanceConfig
-from dsv3.config.data import DataConfig, MixtureConfig, ShareConfig, SourceConfig
+from dsv3.config.data import DataConfig, MixtureConfig, RulesConfig, ShareConfig, SourceConfig
 from dsv3.config.engine import EngineConfig
 from dsv3.config.expert_ranks import ExpertRanksConfig
 from dsv3.config.model import ModelConfig, YarnConfig
@@ -36,6 +36,7 @@ __all__ = [
     "PrecisionConfig",
     "PretrainConfig",
     "RecomputeConfig",
+    "RulesConfig",
     "RuntimeConfig",
     "ServerConfig",
     "ShareConfig",

@@ -10,19 +10,21 @@ from dsv3.errors import ConfigError
 class ReadingConfig:
     """What a document is."""
 
-    max_document_bytes: int = 2 * 2**20
+    max_document_bytes: int = 2**20
     """A longer text is cut into documents of about this size at line ends, so that memory stays flat."""
-    max_line_bytes: int = 16 * 2**20
+    max_line_bytes: int = 8 * 2**20
     """A longer line of JSON is not read: it would have to fit in memory several times over."""
-    max_page_bytes: int = 4 * 2**20
-    """A larger web page is not read: its tree takes a hundred times its bytes."""
+    max_page_bytes: int = 2**20
+    """A larger web page is not read: its tree takes 20 times its bytes (Common Crawl long cut pages here)."""
+    max_page_tags: int = 30_000
+    """A web page with more tags is not read: each takes 800 bytes of memory, and time that grows with their square."""
     max_remarks: int = 5
     """Documents shown for each reason to drop one."""
     repair: bool = True
     """Whether misread encodings, control characters and line ends are mended."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "max_document_bytes", "max_line_bytes", "max_page_bytes", "max_remarks")
+        require_positive(self, "max_document_bytes", "max_line_bytes", "max_page_bytes", "max_page_tags", "max_remarks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +68,14 @@ class QualityConfig:
     """Share of lines that were there before (Gopher)."""
     max_repeated_line_characters: float = 0.2
     max_top_ngram: tuple[float, ...] = (0.2, 0.18, 0.16)
-    """Share of all characters in the most frequent 2-, 3- and 4-gram (Gopher)."""
+    """Share of all characters in the most frequent 2-, 3- and 4-gram (Gopher). Where each character counts as a word,
+    as in Chinese, n-grams are of twice as many: a word has about two."""
     max_repeated_ngram: tuple[float, ...] = (0.15, 0.14, 0.13, 0.12, 0.11, 0.1)
     """Share of all characters in 5- to 10-grams that were there before (Gopher)."""
+    maths_repetition: float = 2.5
+    """Of mathematics the shares of n-grams may be so many times higher: a proof says its formulas again and again."""
+    max_digits: float = 0.25
+    """Share of digits in all characters but those of mathematics: logs and tables (ours)."""
     max_short_lines: float = 0.67
     """Share of lines of 30 characters or fewer (FineWeb), for texts of web pages."""
     min_line_ends: float = 0.12
@@ -84,10 +91,10 @@ class QualityConfig:
 
     def __post_init__(self) -> None:
         require_not_negative(self, "min_words", "min_stop_words", "max_code_line", "max_symbol_ratio")
-        require_positive(self, "max_words")
+        require_positive(self, "max_words", "maths_repetition")
         shares = ("max_bullet_lines", "max_ellipsis_lines", "min_letter_words", "max_repeated_lines")
         require_fraction(self, *shares, "max_repeated_line_characters", "max_short_lines", "min_line_ends")
-        require_fraction(self, "min_code_letters")
+        require_fraction(self, "min_code_letters", "max_digits")
         if len(self.max_top_ngram) != 3 or len(self.max_repeated_ngram) != 6:
             raise ConfigError("max_top_ngram has a share for 2, 3 and 4 words, max_repeated_ngram one for 5 to 10")
 
@@ -100,6 +107,8 @@ class DuplicateConfig:
     """Whether a text that is another one but for the space around it is dropped."""
     near: bool = True
     """Whether MinHash looks for texts that are nearly another one."""
+    min_near_words: int = 50
+    """A shorter text is a copy of what is exactly the same alone: two sums that differ in a number are not copies."""
     shingle_words: int = 5
     bands: int = 14
     rows: int = 8
@@ -108,6 +117,7 @@ class DuplicateConfig:
     seed: int = 1
 
     def __post_init__(self) -> None:
+        require_not_negative(self, "min_near_words")
         require_positive(self, "shingle_words", "bands", "rows")
 
 

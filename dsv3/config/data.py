@@ -62,6 +62,27 @@ class MixtureConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RulesConfig:
+    """Which rules of `dsv3 data prepare`, as its settings have them, hold for text that a run reads itself."""
+
+    mend: bool = False
+    """Mistaken encodings (where ftfy is installed), control characters and line ends are mended."""
+    mask: bool = False
+    """Mail addresses, public IP addresses, phone numbers, cards, accounts and keys are masked."""
+    judge: bool = False
+    """What is not worth training on is dropped: prose and code by the rules for each."""
+    near_copies: bool = False
+    """A text that is nearly an earlier one is dropped; keeps about a kilobyte of memory for each document."""
+    evaluations: tuple[str, ...] = ()
+    """Files of evaluations; a document that has a text of theirs is dropped."""
+
+    @property
+    def any(self) -> bool:
+        """Whether there is one."""
+        return self != RulesConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Corpus, tokenizer and the transformations between text and packed rows."""
 
@@ -71,6 +92,8 @@ class DataConfig:
     """How rows are drawn, where `weight` of the sources does not say it."""
     tokenizer: str = ""
     """A tokenizer.json, or a folder that holds one; empty trains one of `model.vocab_size` entries on the corpus."""
+    rules: RulesConfig = field(default_factory=RulesConfig)
+    """What becomes of a text before it is encoded; exact copies are always dropped."""
     fim_rate: float = 0.1
     """Share of documents rearranged prefix-suffix-middle, before packing (report 4.1)."""
     boundary_split_rate: float = 0.1

@@ -17,8 +17,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dsv3.config import PretrainConfig, SourceConfig
+from dsv3.config import PretrainConfig, RulesConfig, SourceConfig
 from dsv3.data.corpus import named_sources
+from dsv3.data.curation.plain import PlainRules, source_account
+from dsv3.data.curation.plain_card import write_plain_card
 from dsv3.data.document import Document
 from dsv3.data.encoder import DocumentEncoder
 from dsv3.data.hub import HUB
@@ -90,13 +92,15 @@ def prepare_corpus(config: PretrainConfig, *, folder: Path, progress: ProgressCa
         return corpus
     with _errors_of_the_disk(folder):
         _start_or_continue(folder, settings=settings)
-        parts, absent = _read_sources(config, folder=folder, report=report)
+        rules = PlainRules(config.data.rules, folder=folder / WORK)
+        parts, absent = _read_sources(config, folder=folder, rules=rules, report=report)
         tokenizer = _make_tokenizer(config, parts=parts, folder=folder, report=report)
         sources = _encode_sources(parts, config=config, tokenizer=tokenizer, report=report)
         corpus = PreparedCorpus(
             folder=folder, vocab_size=tokenizer.vocab_size, sources=sources, absent=absent, settings=settings
         )
         _pack_sources(corpus, config=config, report=report)
+        write_plain_card(corpus, accounts=[source_account(part.work) for part in parts])
         save_prepared(corpus)
         shutil.rmtree(folder / WORK)
     return corpus
@@ -171,6 +175,7 @@ def corpus_settings(config: PretrainConfig) -> dict[str, Any]:
 
 def _check_same_settings(corpus: PreparedCorpus, *, settings: dict[str, Any], is_shared: bool) -> None:
     found, settings = copy.deepcopy(corpus.settings), copy.deepcopy(settings)
+    found["data"].setdefault("rules", asdict(RulesConfig()) | {"evaluations": []})  # Of before there were any.
     for one in (found, settings):
         one["data"].pop("mixture", None)  # It says how rows are drawn, which another run may do otherwise.
         for source in one["data"]["sources"]:
@@ -210,7 +215,7 @@ def _start_or_continue(folder: Path, *, settings: dict[str, Any]) -> None:
 
 
 def _read_sources(
-    config: PretrainConfig, *, folder: Path, report: ProgressCallback
+    config: PretrainConfig, *, folder: Path, rules: PlainRules, report: ProgressCallback
 ) -> tuple[list[_Part], tuple[AbsentSource, ...]]:
     """Read every source to disk; earlier ones win when two hold the same text."""
     parts: list[_Part] = []
@@ -221,7 +226,7 @@ def _read_sources(
         label = f"{number:02d}-{re.sub(r'[^A-Za-z0-9._-]+', '-', source.name)[:60]}"
         place, work = folder / "sources" / label, folder / WORK / label
         place.mkdir(parents=True, exist_ok=True)
-        spool = spooled_source(work, held_out_file=place / HELD_OUT, seen=seen)
+        spool = spooled_source(work, held_out_file=place / HELD_OUT, seen=seen, rules=rules)
         if spool is None:
             try:
                 spool = spool_source(
@@ -230,6 +235,7 @@ def _read_sources(
                     folder=work,
                     held_out_file=place / HELD_OUT,
                     seen=seen,
+                    rules=rules,
                     on_bytes=partial(_report_after, report, "read", bytes_before, 0),
                 )
             except AbsentSourceError as reason:

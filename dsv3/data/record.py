@@ -21,6 +21,8 @@ FIELDS = (*TEXT_FIELDS, "messages", "prompt", "completion")
 """Fields that are looked at; any others of a record are left alone."""
 PROVENANCE = "provenance"
 """Of text that a model made: which model, and how (`dsv3 distill` writes it)."""
+BATCH_BYTES, MAX_BATCH_ROWS = 4 * 2**20, 256
+"""Of a table, what is in memory at a time."""
 MAX_LINE_BYTES = 64 * 2**20
 """A longer line is not read as a whole: it would have to fit in memory several times over."""
 
@@ -104,18 +106,30 @@ def _read_line(line: bytes, *, name: str, log: ReadingLog) -> Iterator[Document]
 
 
 def read_parquet(path: Openable, *, name: str, log: ReadingLog) -> Iterator[Document]:
-    """Yield the documents of a Parquet table, a few hundred rows at a time. Raises OSError when it cannot be read."""
+    """Yield the documents of a Parquet table, a few megabytes of rows at a time. Raises OSError when it cannot be read.
+
+    Pages are read as they are wanted, not whole columns, so that memory does not follow the size of row groups.
+    """
     number = 0
     try:
-        with path.open("rb") as file, pyarrow.parquet.ParquetFile(file) as table:
+        with (
+            path.open("rb") as file,
+            pyarrow.parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False) as table,
+        ):
             columns = [field for field in FIELDS if field in table.schema_arrow.names]
             if not columns:
                 log.skip(name, reason="no column " + ", ".join(f"'{field}'" for field in FIELDS))
                 return
             columns += [PROVENANCE] if PROVENANCE in table.schema_arrow.names else []
-            for rows in table.iter_batches(batch_size=256, columns=columns):
+            for rows in table.iter_batches(batch_size=_rows_at_a_time(table.metadata), columns=columns):
                 for record in rows.to_pylist():
                     number += 1
                     yield from read_record(record, name=f"{name}#{number}", log=log)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         log.skip(f"{name}#{number + 1}", reason=f"broken Parquet file from here on ({type(error).__name__})")
+
+
+def _rows_at_a_time(table: pyarrow.parquet.FileMetaData) -> int:
+    """Return how many rows of a table are about `BATCH_BYTES`, by their mean size, and at most `MAX_BATCH_ROWS`."""
+    size = sum(table.row_group(group).total_byte_size for group in range(table.num_row_groups))
+    return max(1, min(MAX_BATCH_ROWS, BATCH_BYTES * table.num_rows // max(size, 1)))

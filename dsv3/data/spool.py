@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from dsv3.config import PretrainConfig, SourceConfig
 from dsv3.data.chance import falls_below, hash_text
 from dsv3.data.corpus import read_documents
+from dsv3.data.curation.plain import PlainRules
 from dsv3.data.document import Document, ReadingLog, Remark
 from dsv3.data.hub import HUB
 from dsv3.errors import DataError
@@ -78,9 +79,12 @@ def spool_source(
     folder: Path,
     held_out_file: Path,
     seen: set[int],
+    rules: PlainRules,
     on_bytes: Callable[[int], None],
 ) -> Spool:
     """Read a source into `folder`; `seen` collects the hashes of all texts, eight bytes a document.
+
+    `rules` changes or drops a document before anything else is done with it, and keeps account of all.
 
     A document is held out when the hash of its text falls below `held_out_rate`, whatever source or file it is in,
     so that no copy of a held-out text is ever trained on.
@@ -92,9 +96,12 @@ def spool_source(
     reading = _Reading(log=ReadingLog())
     limit = config.total_tokens * STREAM_BYTES_PER_TOKEN if source.path.startswith(HUB) else None
     folder.mkdir(parents=True, exist_ok=True)
+    rules.begin()
     with whole_file(folder / "documents.jsonl") as kept, whole_file(held_out_file) as held_out:
-        for document in read_documents(source, log=reading.log):
-            _place(document, config=config, reading=reading, seen=seen, kept=kept, held_out=held_out)
+        for read in read_documents(source, log=reading.log):
+            document = rules.apply(read, log=reading.log)
+            if document is not None:
+                _place(document, config=config, reading=reading, seen=seen, rules=rules, kept=kept, held_out=held_out)
             on_bytes(reading.bytes)
             if limit is not None and reading.bytes >= limit:
                 reading.log.skip(source.path, reason=f"rest of the stream: {limit:,} bytes are enough for this run")
@@ -114,17 +121,24 @@ def spool_source(
         changed=reading.log.changed_remarks(),
         cut=cut,
     )
+    rules.save(folder)
     write_json(asdict(spool), path=folder / "spool.json")
     return spool
 
 
-def spooled_source(folder: Path, *, held_out_file: Path, seen: set[int]) -> Spool | None:
-    """Return what an earlier, interrupted preparation read of a source, and add its hashes; None if it was not done."""
+def spooled_source(folder: Path, *, held_out_file: Path, seen: set[int], rules: PlainRules) -> Spool | None:
+    """Return what an earlier, interrupted preparation read of a source; None if it was not done.
+
+    Adds its hashes to `seen`, and has `rules` remember its texts.
+    """
     if not (folder / "spool.json").is_file():
         return None
     values: dict[str, Any] = json.loads((folder / "spool.json").read_text(encoding="utf-8"))
-    seen.update(hash_text(document.text) for document in _read(folder / "documents.jsonl"))
-    seen.update(hash_text(document.text) for document in _read(held_out_file))
+    # An end that is held out belongs to a text that is in the first file as a whole.
+    for file in (folder / "documents.jsonl", *([] if values["cut"] else [held_out_file])):
+        for document in _read(file):
+            seen.add(hash_text(document.text))
+            rules.remember(document.text)
     remarks = {field: tuple(Remark(**remark) for remark in values[field]) for field in ("skipped", "changed")}
     return Spool(**{**values, **remarks, "cut": Cut(**values["cut"]) if values["cut"] else None})
 
@@ -146,12 +160,16 @@ def _place(
     config: PretrainConfig,
     reading: _Reading,
     seen: set[int],
+    rules: PlainRules,
     kept: BinaryIO,
     held_out: BinaryIO,
 ) -> None:
     hashed = hash_text(document.text)
     if hashed in seen:
         reading.duplicates += 1
+        rules.note_copy(document)
+        return
+    if rules.is_near_copy(document, log=reading.log):
         return
     seen.add(hashed)
     size = len(document.text.encode("utf-8", "replace"))

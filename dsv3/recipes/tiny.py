@@ -11,6 +11,7 @@ from dsv3.config import (
     OptimConfig,
     PrecisionConfig,
     PretrainConfig,
+    RulesConfig,
     SnapshotConfig,
 )
 from dsv3.recipes.milestones import learning_rate, milestones
@@ -49,7 +50,7 @@ def tiny() -> PretrainConfig:
             topk_group=2,
             initializer_range=0.045,
         ),
-        data=DataConfig(held_out_rate=0.02),
+        data=DataConfig(held_out_rate=0.02, rules=RulesConfig(mend=True, mask=True, near_copies=True)),
         batch=BatchConfig(
             sequence_length=256,
             start_sequences=2,

@@ -42,11 +42,11 @@ def write_card(output: Path) -> Path:
     """Write `data_card.html` and its picture beside `data_card.json`, and return the page's path.
 
     Raises:
-        DataError: the folder holds no corpus of `dsv3 data prepare`.
+        DataError: the folder holds no corpus, or one that was made before there were cards.
     """
     file = output / CARD
     if not file.is_file():
-        raise DataError(f"there is no {file}; it is written at the end of dsv3 data prepare --output {output}")
+        raise DataError(f"there is no {file}; it is written at the end of dsv3 data prepare, and of dsv3 prepare")
     card = json.loads(file.read_text(encoding="utf-8"))
     draw(card, file=output / PICTURE)
     package = resources.files("dsv3.report")

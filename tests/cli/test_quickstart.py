@@ -17,7 +17,7 @@ from dsv3.evals.comparison import ScoredText, rows_read
 from dsv3.evals.evaluation import held_out_text, last_step, tokens_read, training_rows
 from dsv3.evals.extension import compare_phases
 from dsv3.infer.loaded import load
-from dsv3.report import write_report
+from dsv3.report.page import write_report
 from dsv3.train.validation import read_held_out, validate
 
 SMALL = [

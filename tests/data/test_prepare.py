@@ -70,7 +70,12 @@ def test_loading_gives_what_preparing_gave(prepared_run):
 
 def test_a_finished_corpus_holds_nothing_of_its_making(prepared_run):
     prepared, _ = prepared_run
-    assert sorted(path.name for path in prepared.folder.iterdir()) == ["corpus.json", "sources", "tokenizer"]
+    assert sorted(path.name for path in prepared.folder.iterdir()) == [
+        "corpus.json",
+        "data_card.json",
+        "sources",
+        "tokenizer",
+    ]
     assert not list(prepared.folder.rglob("*.partial"))
     assert prepared.tokenizer_folder.joinpath("tokenizer.json").is_file()
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3.data.special_tokens import FIRST_TOKENS, LAST_TOKENS
-from dsv3.data.tokenizer import MIN_VOCAB_SIZE, SPLIT_RULES, Tokenizer
+from dsv3.data.special_tokens import EOS, FIRST_TOKENS, LAST_TOKENS
+from dsv3.data.tokenizer import MIN_VOCAB_SIZE, SPLIT_RULES, Tokenizer, pieces_of
 from dsv3.errors import TokenizerError
 
 # Fact sheet 1.8.
@@ -242,3 +242,43 @@ def test_a_tokenizer_without_v3s_tokens_says_which_is_missing(tmp_path):
     Backend(models.BPE()).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(TokenizerError, match="has no token <｜User｜>"):
         _ = Tokenizer.from_file(tmp_path).user_id
+
+
+PARTS = ["word", " ", "\n", "。", "春天", "12345", ").\n", "Ünï", "\t", "  ", "x=1", EOS, "a b c d e f"]
+
+
+@given(parts=st.lists(st.sampled_from(PARTS), max_size=60))
+def test_a_text_in_pieces_has_the_ids_of_the_whole(small_tokenizer, parts):
+    text = "".join(parts)
+    whole = small_tokenizer.encode_batch([text, "short"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dsv3.data.tokenizer.PIECE_CHARACTERS", 5)
+        assert "".join(pieces_of(text)) == text
+        assert small_tokenizer.encode_batch([text, "short"]) == whole
+
+
+def test_the_published_tokenizer_encodes_in_pieces_what_it_encodes_whole(published):
+    text = Path(__file__).read_text(encoding="utf-8") + "春天来了，花开了。" * 500 + Path(json.__file__).read_text()
+    whole = published.encode(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dsv3.data.tokenizer.PIECE_CHARACTERS", 500)
+        assert len(list(pieces_of(text))) > 20
+        assert published.encode(text) == whole
+
+
+def test_a_tokenizer_with_rules_of_its_own_encodes_whole_texts(small_tokenizer, tmp_path):
+    small_tokenizer.save(tmp_path)
+    definition = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    definition["pre_tokenizer"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": True,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition), encoding="utf-8")
+    other = Tokenizer.from_file(tmp_path)
+    text = "the sea and the land " * 20
+    whole = other.encode(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dsv3.data.tokenizer.PIECE_CHARACTERS", 5)
+        assert other.encode(text) == whole

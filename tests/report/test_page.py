@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from dsv3.errors import ConfigError
-from dsv3.report import write_report
-from dsv3.report.page import byte_size, plain
+from dsv3.report.page import byte_size, plain, write_report
 
 VOID = {"meta", "link", "img", "br", "input"}
 

@@ -6,13 +6,15 @@ from dsv3.data.curation.kinds import CODE, MATHS
 
 SYNTHETIC = "synthetic"
 ENGLISH, CHINESE, OTHER = "english", "chinese", "other-languages"
+CHINESE_LANGUAGES = ("zh", "wuu", "yue")
+"""What the model of languages takes Chinese for."""
 DOMAINS = (ENGLISH, CHINESE, OTHER, CODE, MATHS, SYNTHETIC)
 
 MATHS_SIGNS = re.compile(
     r"\\(?:frac|sum|int|sqrt|alpha|beta|gamma|delta|theta|lambda|mathbb|mathcal|partial|infty|cdot|leq|geq|begin\{equation)"
-    r"|\$[^$\n]{1,80}\$|[∀∃∈∉⊂⊆∑∏∫√∞≤≥≠≈∂∇→⇒⇔±×÷]|(?<![\w.])\d+(?:\.\d+)?\s*[-+*/=^]\s*\d+(?:\.\d+)?(?!\w)"
+    r"|\$[^$\n]{1,80}\$|[∀∃∈∉⊂⊆∑∏∫√∞≤≥≠≈∂∇→⇒⇔±×÷]|(?<![\w.:/-])\d+(?:\.\d+)?\s*[-+*/=^]\s*\d+(?:\.\d+)?(?![\w:/-])"
 )
-"""TeX's commands and formulas, signs of mathematics, sums of numbers."""
+"""TeX's commands and formulas, signs of mathematics, sums of numbers, which dates are not."""
 MIN_SIGNS, SIGNS_PER_CHARACTER = 3, 1 / 150
 
 
@@ -31,4 +33,4 @@ def domain_of(*, kind: str, language: str, provenance: str, configured: str) -> 
         return SYNTHETIC
     if kind in (CODE, MATHS):
         return kind
-    return {"en": ENGLISH, "zh": CHINESE}.get(language, OTHER)
+    return ENGLISH if language == "en" else CHINESE if language in CHINESE_LANGUAGES else OTHER

@@ -47,8 +47,8 @@ class Signer:
         if not self.config.near:
             return exact[None]
         size = min(self.config.shingle_words, len(words))
-        if not size:
-            # A text without a word is like no other; its own hash in every band says so.
+        if not size or len(words) < self.config.min_near_words:
+            # A text without a word, or with few, is like no other; its own hash in every band says so.
             return np.tile(exact, (self.config.bands + 1, 1))
         least = self._least(np.unique(words.rows(size)))
         return np.concatenate([least.reshape(self.config.bands, self.config.rows), exact[None]])

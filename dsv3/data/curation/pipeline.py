@@ -12,11 +12,10 @@ goes on with the same command and ends with the same bytes.
 """
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +87,9 @@ def curate(
         tasks = begin(config, output=output, items=items)
         if tasks is None:
             return output
-        from dsv3.data.curation.local import LocalExecutor, thread_environment
+        from dsv3.data.curation.local import LocalExecutor, Workers
 
-        with _environment(thread_environment(workers)):
+        with Workers(workers) as pool:
             for stage in stages(config, folder=output / WORK, tasks=tasks):
                 executor = LocalExecutor(
                     stage.steps(),
@@ -98,7 +97,7 @@ def curate(
                     workers=workers,
                     logging_dir=str(output / WORK / "logs" / stage.name),
                 )
-                executor.run_and_tell(lambda done, total, name=stage.name: report(name, done, total))  # type: ignore[misc]
+                executor.run_and_tell(partial(report, stage.name), workers=pool)
         tidy(output)
     return output
 
@@ -177,21 +176,6 @@ def _require_engine() -> None:
         import datatrove  # noqa: F401
     except ImportError as error:
         raise MissingExtraError(package="datatrove", extra="data", purpose="dsv3 data prepare") from error
-
-
-@contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set environment variables for the processes that are started while the block runs."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def _no_progress(stage: str, done: int, total: int) -> None:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int, UInt64
 from numpy import ndarray
 
 from dsv3.config.curation import QualityConfig
+from dsv3.data.curation.domain import CHINESE_LANGUAGES
 from dsv3.data.curation.kinds import CODE, MATHS, WEB
 from dsv3.data.curation.words import Words
 
@@ -21,8 +22,13 @@ LINE_ENDS = tuple(".!?:;\"'”’)]}>。！？：；」』）…،؟।")
 BULLETS = ("•", "-", "*", "●", "▪", "–")
 ELLIPSES = ("...", "…")
 SHORT_LINE = 30
-UNSPACED_LANGUAGES = ("zh", "ja", "ko", "th", "lo", "km", "my")
-"""Where each character is a word, or words are not set apart."""
+CHARACTER_LANGUAGES = (*CHINESE_LANGUAGES, "ja", "ko")
+"""Where each character counts as a word."""
+CHARACTERS_OF_A_WORD = 2
+"""In those: what they have in a row is said in half as many words."""
+UNSPACED_LANGUAGES = (*CHARACTER_LANGUAGES, "th", "lo", "km", "my", "bo", "dz")
+"""Where that is so, or words are not set apart."""
+DIGITS = "0123456789"
 
 
 class Judge:
@@ -44,7 +50,10 @@ class Judge:
         if kind == CODE:
             return self._code(text)
         reason = self._words(text, words=words, kind=kind, language=language)
-        return reason or self._lines(text, kind=kind) or self._repetition(text, words=words)
+        if reason := reason or self._lines(text, kind=kind):
+            return reason
+        scale = CHARACTERS_OF_A_WORD if language in CHARACTER_LANGUAGES else 1
+        return self._repetition(text, words=words, scale=scale, is_maths=kind == MATHS)
 
     def _code(self, text: str) -> str:
         config = self.config
@@ -70,7 +79,10 @@ class Judge:
         marks = text.count("#") + text.count("...") + text.count("…")
         if marks > config.max_symbol_ratio * count and kind != MATHS:
             return "number signs and ellipses (Gopher)"
-        if kind != MATHS and _letter_share(text[:100_000]) < config.min_letter_words:
+        if kind != MATHS and sum(map(text.count, DIGITS)) > config.max_digits * len(text):
+            return "too many digits"
+        between_spaces = words.words if language in CHARACTER_LANGUAGES else text[:100_000].split()
+        if kind != MATHS and _letter_share(between_spaces) < config.min_letter_words:
             return "words without a letter (Gopher)"
         if language == "en" and kind != MATHS and len(STOP_WORDS.intersection(words.words)) < config.min_stop_words:
             return "no stop words (Gopher)"
@@ -101,18 +113,20 @@ class Judge:
             return "short lines (FineWeb)"
         return ""
 
-    def _repetition(self, text: str, *, words: Words) -> str:
-        characters = len(text)
-        rows = words.rows_by_size(10)
+    def _repetition(self, text: str, *, words: Words, scale: int, is_maths: bool) -> str:
+        """Look for n-grams of `scale` times as many words as the limits are for."""
+        characters = len(text) * (self.config.maths_repetition if is_maths else 1)
+        rows = words.rows_by_size(10 * scale)
         for size, share in zip((2, 3, 4), self.config.max_top_ngram, strict=True):
-            top = top_characters(rows[size], size=size, lengths=words.lengths)
+            top = top_characters(rows[size * scale], size=size * scale, lengths=words.lengths)
             if top > share * characters:
                 return f"most frequent {size}-gram (Gopher)"
             if not top:  # Where no pair is there twice, nothing longer is.
                 return ""
         least = min(self.config.max_repeated_ngram) * characters
         for size, share in zip(range(5, 11), self.config.max_repeated_ngram, strict=True):
-            covered = int(words.lengths[repeated_words(rows[size], size=size, count=len(words))].sum())
+            repeated = repeated_words(rows[size * scale], size=size * scale, count=len(words))
+            covered = int(words.lengths[repeated].sum())
             if covered > share * characters:
                 return f"repeated {size}-grams (Gopher)"
             if covered <= least:  # What longer ones cover, shorter ones do.
@@ -133,9 +147,8 @@ class _Repeated:
         return sum(map(len, self._lines)) - sum(map(len, set(self._lines))) if self.count else 0
 
 
-def _letter_share(text: str) -> float:
+def _letter_share(found: list[str]) -> float:
     """Return the share of what stands between spaces that has a letter."""
-    found = text.split()
     return sum(1 for one in found if LETTER.search(one)) / max(len(found), 1)
 
 

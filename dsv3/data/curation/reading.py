@@ -63,16 +63,18 @@ def read_raw(file: InputFile, *, source: InputConfig, config: ReadingConfig, log
 
 
 def cut(document: Document, *, max_bytes: int) -> Iterator[Document]:
-    """Yield a document in parts of at most so many characters, at line ends where there are any."""
+    """Yield a document in parts of about so many bytes at most, at line ends where there are any."""
     text = document.text
-    if len(text) <= max_bytes:
+    size = len(text) if text.isascii() else len(text.encode())
+    if size <= max_bytes:
         yield document
         return
+    characters = max(max_bytes * len(text) // size, 1)
     start = part = 0
     while start < len(text):
-        end = start + max_bytes
+        end = start + characters
         if end < len(text):
-            line_end = text.rfind("\n", start + max_bytes // 2, end)
+            line_end = text.rfind("\n", start + characters // 2, end)
             end = end if line_end < 0 else line_end + 1
         if piece := text[start:end].strip():
             yield replace(document, name=f"{document.name}#part{part}", text=piece)
@@ -157,10 +159,7 @@ def _read_table(file: _Unpacked, *, name: str, config: ReadingConfig, log: Readi
 def _read_page(file: _Unpacked, *, name: str, config: ReadingConfig, log: ReadingLog) -> Iterator[Document]:
     with file.open("rb") as opened:
         page = opened.read(config.max_page_bytes + 1)
-    if len(page) > config.max_page_bytes:
-        log.skip(name, reason=f"page larger than {config.max_page_bytes >> 20} MiB")
-        return
-    yield from page_text(page, name=name, log=log)
+    yield from page_text(page, name=name, config=config, log=log)
 
 
 def _read_archive(file: _Unpacked, *, name: str, config: ReadingConfig, log: ReadingLog) -> Iterator[Document]:
@@ -177,12 +176,13 @@ def _read_archive(file: _Unpacked, *, name: str, config: ReadingConfig, log: Rea
                 if record.rec_type not in ("response", "conversion"):
                     continue
                 body = record.content_stream().read(config.max_page_bytes + 1)
-                if len(body) > config.max_page_bytes:
-                    log.skip(label, reason=f"record larger than {config.max_page_bytes >> 20} MiB")
-                elif record.rec_type == "conversion":
-                    yield Document(name=label, text=decode_text(body, name=label, log=log))
+                if record.rec_type == "conversion":
+                    if len(body) > config.max_page_bytes:
+                        log.skip(label, reason=f"text of a page larger than {config.max_page_bytes >> 20} MiB")
+                    else:
+                        yield Document(name=label, text=decode_text(body, name=label, log=log))
                 elif _is_page(record):
-                    yield from page_text(body, name=label, log=log)
+                    yield from page_text(body, name=label, config=config, log=log)
         except ArchiveLoadFailed as error:
             log.skip(name, reason=f"broken WARC file from some place on ({type(error).__name__})")
 
@@ -193,12 +193,18 @@ def _is_page(record: object) -> bool:
     return kind.split(";")[0].strip().lower() in PAGES
 
 
-def page_text(page: bytes, *, name: str, log: ReadingLog) -> Iterator[Document]:
-    """Yield the main text of a web page, without what surrounds it.
+def page_text(page: bytes, *, name: str, config: ReadingConfig, log: ReadingLog) -> Iterator[Document]:
+    """Yield the main text of a web page, without what surrounds it; of one too large for its tree, none.
 
     Raises:
         MissingExtraError: trafilatura is not installed.
     """
+    if len(page) > config.max_page_bytes:
+        log.skip(name, reason=f"page larger than {config.max_page_bytes >> 20} MiB")
+        return
+    if page.count(b"<") > config.max_page_tags:
+        log.skip(name, reason=f"page with more than {config.max_page_tags:,} tags")
+        return
     try:
         import trafilatura
     except ImportError as error:

@@ -38,8 +38,10 @@ def repair(text: str, *, is_code: bool) -> str:
 
 def _as_meant(text: str) -> str:
     """Return a text whose encoding was mistaken with the mistake undone; lines without one stay as they are."""
-    import ftfy
-
+    try:
+        import ftfy
+    except ImportError:  # Of the extra `data`; what `dsv3 prepare` reads is mended without, but for this.
+        return text
     settings = ftfy.TextFixerConfig(
         unescape_html=False,
         fix_latin_ligatures=False,

@@ -11,7 +11,7 @@ from numpy import ndarray
 
 from dsv3.data.contamination import WORD
 
-MAX_TABLE = 500_000
+MAX_TABLE = 200_000
 """Words whose numbers are remembered; then all are forgotten, so that memory stays flat."""
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 

@@ -8,7 +8,7 @@ pytest.importorskip("datatrove", reason="needs the extra 'data'")
 
 from datatrove.pipeline.base import PipelineStep
 
-from dsv3.data.curation.local import LocalExecutor
+from dsv3.data.curation.local import LocalExecutor, Workers
 from dsv3.errors import DataError
 
 DYING = """
@@ -52,7 +52,8 @@ class Refuse(PipelineStep):
 def test_the_task_of_a_killed_worker_is_run_again(tmp_path, die_once):
     told = []
     executor = LocalExecutor([die_once(str(tmp_path))], tasks=3, workers=2, logging_dir=str(tmp_path / "logs"))
-    executor.run_and_tell(lambda done, total: told.append((done, total)))
+    with Workers(2) as workers:
+        executor.run_and_tell(lambda done, total: told.append((done, total)), workers=workers)
     assert sorted(file.name for file in tmp_path.glob("done-*")) == ["done-0", "done-1", "done-2"]
     assert told[0] == (0, 3)
     assert told[-1] == (3, 3)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -275,25 +276,74 @@ def test_a_preparation_killed_again_and_again_ends_with_the_same_bytes(tmp_path)
     assert files_of(output) == expected
 
 
+def workers_of(process: subprocess.Popen[bytes]) -> list[int]:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [pid for pid in map(int, children) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill the process that leads, and wait until its workers have seen it."""
+    orphans = workers_of(process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}/cmdline").exists() for pid in orphans) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def kill_in_stage(command: list[str], *, logs: Path, stage: str, tasks: int, seconds: float, worker: bool) -> bool:
+    """Run until a stage has gone on for so long, kill a worker or all, and tell whether it was still going on."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (logs / stage).is_dir() and process.poll() is None:
+        time.sleep(0.001)
+    time.sleep(seconds)
+    workers = workers_of(process) if worker and process.poll() is None else []
+    if workers:
+        os.kill(workers[0], signal.SIGKILL)
+    was_going_on = process.poll() is None and len(list((logs / stage / "completions").glob("*"))) < tasks
+    if workers:
+        assert process.wait() == 0  # It goes on with a new worker.
+    else:
+        kill(process)
+    return was_going_on
+
+
 @pytest.mark.slow
-def test_sigkill_at_random_in_every_stage_leaves_no_trace(tmp_path):
-    raw = write_corpus(tmp_path / "raw", documents=400)
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds workers by Linux's /proc")
+@pytest.mark.parametrize("worker", [False, True], ids=["all", "a worker"])
+def test_sigkill_at_random_in_every_stage_leaves_no_trace(tmp_path, worker):
+    """All that runs is killed in each stage in turn, and the same command goes on; or one of the workers alone is."""
+    raw = write_corpus(tmp_path / "raw", documents=300)
     command = [sys.executable, "-m", "dsv3.cli.main", "data", "prepare", "--input", f"raw={raw}", "--workers", "2"]
     command += ["--set", "tasks=12", "--set", "tokens.vocab_size=400", "--output"]
-    started = time.perf_counter()
     subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
-    seconds = time.perf_counter() - started
-    chance = random.Random(0)
-    for _attempt in range(60):
-        process = subprocess.Popen(
-            [*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        try:
-            process.wait(timeout=chance.uniform(0.2, 0.8) * seconds)
-            break
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            time.sleep(0.5)  # Its workers see within 0.2 s that it is gone.
-    assert process.returncode == 0
-    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+    expected = files_of(tmp_path / "whole")
+    found = sorted((tmp_path / "whole" / "work" / "logs").iterdir(), key=lambda folder: folder.stat().st_ctime)
+    tasks = {folder.name: len(list((folder / "completions").iterdir())) for folder in found}
+    assert set(tasks) == {"documents", "pairs", "groups", "tokenizer", "shards", "finish"}
+    chance, output = random.Random(0), tmp_path / "killed"
+    for stage in ("documents", "pairs", "shards") if worker else tasks:
+        for _attempt in range(20):  # A stage of milliseconds may be over before the kill comes.
+            before = tmp_path / "before"
+            if output.exists():
+                shutil.copytree(output, before)
+            hit = kill_in_stage(
+                [*command, str(output)],
+                logs=output / "work" / "logs",
+                stage=stage,
+                tasks=tasks[stage],
+                seconds=chance.uniform(0, 0.01 if tasks[stage] == 1 else 0.5) * (_attempt < 10),
+                worker=worker,
+            )
+            if worker:
+                assert files_of(output) == expected
+            if worker or not hit:
+                shutil.rmtree(output)
+                if before.exists():
+                    before.rename(output)
+            shutil.rmtree(before, ignore_errors=True)
+            if hit:
+                break
+        assert hit, f"no kill fell into stage {stage}"
+    subprocess.run([*command, str(output)], check=True, capture_output=True)
+    assert files_of(output) == expected

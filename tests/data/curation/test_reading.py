@@ -1,5 +1,7 @@
 import gzip
 import json
+import tracemalloc
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +48,47 @@ def test_a_line_without_an_end_is_cut_and_nothing_of_it_is_lost(tmp_path):
     assert max(len(raw.text) for raw in found) <= 1000
     assert "".join(raw.text for raw in found).replace(" ", "") == "word" * 5000
     assert len({raw.name for raw in found}) == len(found)
+
+
+def test_memory_does_not_follow_the_length_of_a_line(tmp_path):
+    """A line 32 times as long takes no more, as text, as JSON and as a page, packed with gzip or not."""
+    config = ReadingConfig(max_document_bytes=2**15, max_line_bytes=2**16, max_page_bytes=2**16)
+
+    def peak(file: Path) -> int:
+        source, log = InputConfig(path=str(file), name="in"), ReadingLog()
+        tracemalloc.start()
+        for raw in read_raw(list_files(source, number=0, log=log)[0], source=source, config=config, log=log):
+            assert len(raw.text.encode()) <= 2 * config.max_document_bytes
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    for name in ("line.txt", "line.jsonl", "page.html"):
+        peaks: dict[int, int] = {}
+        for size in (2**18, 2**23):
+            words = "the wind of 春天 " * (size // 20)
+            before, after = {"line.txt": ("", ""), "line.jsonl": ('{"text": "', '"}'), "page.html": ("<p>", "</p>")}[
+                name
+            ]
+            data = f"{before}{words}{after}".encode()
+            (tmp_path / name).write_bytes(data)
+            (tmp_path / f"{name}.gz").write_bytes(gzip.compress(data, 1))
+            peaks[size] = max(peak(tmp_path / name), peak(tmp_path / f"{name}.gz"))
+        assert peaks[2**23] < 1.1 * peaks[2**18] < 2**21, name
+
+
+def test_a_page_with_more_tags_than_its_tree_may_have_is_passed_over_and_counted(tmp_path):
+    (tmp_path / "page.html").write_text("<html><body>" + "<p>The wind of the sea.</p>" * 60)
+    found, log = read(tmp_path / "page.html", config=ReadingConfig(max_page_tags=100))
+    assert found == []
+    assert [(remark.reason, remark.count) for remark in log.skipped_remarks()] == [("page with more than 100 tags", 1)]
+
+
+def test_a_long_text_in_chinese_is_cut_by_bytes(tmp_path):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "春天来了。\n" * 500}, ensure_ascii=False))
+    found, _ = read(tmp_path / "long.jsonl", config=ReadingConfig(max_document_bytes=1000))
+    assert max(len(raw.text.encode()) for raw in found) <= 1000
+    assert "\n".join(raw.text for raw in found) == "\n".join(["春天来了。"] * 500)
 
 
 def test_a_long_record_is_cut_at_line_ends_and_a_longer_line_is_passed_over(tmp_path):
