@@ -45,7 +45,7 @@ class PlanGroup(TyperGroup):
         of_a_run = self.commands[OF_A_RUN]
         if is_below or not {"-h", "--help"}.isdisjoint(args):
             below = _verbs_below()
-            self.commands |= below
+            self.commands.update(below)
             others = [f"  dsv3 plan {name}  {one.get_short_help_str()}" for name, one in below.items()]
             of_a_run.epilog = "\n\n".join(["Other plans:", *others]) if others else None
         if is_below:
@@ -59,7 +59,7 @@ def _verbs_below() -> dict[str, Any]:
     for name in BELOW:
         if find_spec(f"dsv3.cli.{name}") is not None:
             getattr(import_module(f"dsv3.cli.{name}"), f"register_{name}")(app)
-    return get_group(app).commands if app.registered_commands else {}
+    return dict(get_group(app).commands) if app.registered_commands else {}
 
 
 def register(app: typer.Typer) -> None:

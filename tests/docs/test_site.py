@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,8 @@ DOCS = ROOT / "docs"
 DESCRIBES_ITSELF = {"cli"}
 """Folders without a page of the API: the command line has --help."""
 MENTION = re.compile(r"^::: ([\w.]+)$", re.MULTILINE)
+HEADING = re.compile(r"^#{1,6} (.+?)\s*$", re.MULTILINE)
+FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -64,6 +67,54 @@ def test_links_between_pages_lead_to_files():
             if not target.scheme and target.path and not (page.parent / unquote(target.path)).exists():
                 lost.append(f"{page.relative_to(ROOT)}: {link}")
     assert lost == []
+
+
+def headings(page: Path) -> set[str]:
+    """Return the names that the headings of a page get, and those of what it describes."""
+    text = FENCED.sub("", page.read_text(encoding="utf-8"))
+    found: set[str] = set(MENTION.findall(text))
+    for title in HEADING.findall(text):
+        plain = re.sub(r"\]\([^)]*\)", "", title)
+        name = slug = re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", plain).strip().lower())
+        for number in range(1, 100):
+            if name not in found:
+                break
+            name = f"{slug}_{number}"
+        found.add(name)
+    return found
+
+
+def test_links_to_places_in_pages_lead_to_headings():
+    """As the site makes names of them; of the API, to what a page describes."""
+    lost = []
+    for page in DOCS.rglob("*.md"):
+        for link in LINK.findall(FENCED.sub("", page.read_text(encoding="utf-8"))):
+            target = urlsplit(link)
+            aim = (page.parent / unquote(target.path)).resolve() if target.path else page
+            if target.scheme or not target.fragment or aim.suffix != ".md":
+                continue
+            name = unquote(target.fragment)
+            if name not in headings(aim) and not any(
+                name.startswith(f"{one}.") for one in MENTION.findall(aim.read_text())
+            ):
+                lost.append(f"{page.relative_to(ROOT)}: {link}")
+    assert lost == []
+
+
+def test_the_navigation_names_pages_that_there_are():
+    named = re.findall(r"^\s*- (?:[^:\n]+: )?([\w./*-]+(?:\.md|\*))$", (DOCS / ".nav.yml").read_text(), re.MULTILINE)
+    assert len(named) > 20
+    assert [name for name in named if not list(DOCS.glob(name))] == []
+
+
+def test_what_the_site_needs_is_an_extra_and_is_pinned():
+    """What `make docs` installs: each plugin and theme of mkdocs.yml."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["docs"]
+    names = {re.split(r"[\[<>=~ ]", one)[0] for one in extras}
+    assert {"mkdocs-material", "mkdocs-awesome-nav"} <= names
+    assert any(name.startswith("mkdocstrings") for name in names)
+    pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    assert names <= pinned
 
 
 def mkdocs() -> list[str]:

@@ -79,12 +79,14 @@ RECOMPUTED = {
     "swiglu": replace(KEEP_ALL, swiglu=True),
 }
 CASES = [
-    *((name, recompute, "original") for name in SHAPES for recompute in RECOMPUTED),
+    *(("tiny", recompute, "original") for recompute in RECOMPUTED),
+    *((name, recompute, "original") for name in SHAPES if name != "tiny" for recompute in ("keep all", "as published")),
+    *(("like V2", recompute, "original") for recompute in ("up-projections", "swiglu")),
     *(("tiny", recompute, "fp8_v3") for recompute in RECOMPUTED),
     *((name, "as published", "fp8_v3") for name in SHAPES if name != "tiny"),
     ("like V2", "keep all", "fp8_v3"),
     ("tiny", "keep all", "fp8_per_tensor"),
-    ("small", "as published", "fp8_per_tensor"),
+    ("tiny", "as published", "fp8_per_tensor"),
 ]
 
 

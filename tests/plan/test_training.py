@@ -31,7 +31,7 @@ def test_the_published_run_takes_its_published_time(published):
 def test_the_one_fitted_number_gives_what_it_was_fitted_to(published):
     assert published.pipeline.woven == pytest.approx(13.95, rel=0.005)
     balanced = plan_training(V3, gpu=H800, world=2048, imbalance=0.0, exact=False)
-    assert balanced.step_seconds == pytest.approx(17.9, rel=0.01)  # without it the plan would be a tenth too fast
+    assert balanced.step_seconds == pytest.approx(18.1, rel=0.01)  # without it the plan would be a tenth too fast
 
 
 def test_computing_moving_and_waiting_are_all_of_a_step(published):
