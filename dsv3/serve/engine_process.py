@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import msgspec
@@ -92,7 +91,8 @@ def main() -> int:
 
         transport = None
         if settings.secret:
-            transport = at_the_end.enter_context(closing(SocketTransport(context, secret=settings.secret)))
+            made = SocketTransport(context, secret=settings.secret, host=settings.host)
+            transport = at_the_end.enter_context(closing(made))
         try:
             service = EngineService(settings.config, tell=tell, transport=transport)
             if settings.place is not None:
@@ -119,7 +119,7 @@ def joined(settings: ProcessSettings) -> AbstractContextManager[ProcessGroup]:
     place = settings.place
     assert place is not None
     return open_group(
-        Path(place.folder),
+        place.meeting,
         rank=place.rank,
         size=place.size,
         begin_seconds=BEGIN_SECONDS,

@@ -8,7 +8,9 @@ network that is trusted to be silent, as the pages and NCCL do.
 import asyncio
 import hashlib
 import hmac
+import os
 import secrets
+import socket
 import struct
 from contextlib import suppress
 
@@ -48,7 +50,7 @@ class Line:
         if self._writer.is_closing():
             return
         if self._writer.transport.get_write_buffer_size() > MOST_UNSENT:
-            self._writer.transport.abort()
+            self.abort()
             return
         self._writer.write(_HEAD.pack(len(message), self._out.sign(message)) + message)
 
@@ -72,6 +74,10 @@ class Line:
     def close(self) -> None:
         """End the line, after what was sent."""
         self._writer.close()
+
+    def abort(self) -> None:
+        """End the line at once."""
+        self._writer.transport.abort()
 
     async def closed(self, *, seconds: float) -> None:
         """End the line, and wait until what was sent has gone, at most so long."""
@@ -170,4 +176,6 @@ def _sign(secret: str, role: bytes, numbers: bytes) -> bytes:
 
 
 def _words(error: OSError) -> str:
-    return (error.strerror or str(error) or type(error).__name__).lower()
+    if error.errno and not isinstance(error, socket.gaierror):
+        return os.strerror(error.errno).lower()  # asyncio puts words of its own in the place of these
+    return (error.strerror or str(error)).lower()
