@@ -74,7 +74,7 @@ def open_group(
 ) -> Iterator[dist.ProcessGroup]:
     """Join ranks that are told the same place to meet, and leave them at the end.
 
-    It is an empty folder of one machine, or tcp://HOST:PORT of an `open_meeting`. They have `begin_seconds` to come, and
+    It is an empty folder of one machine, or tcp://HOST:PORT of `open_meeting`. They have `begin_seconds` to come, and
     then talk over gloo; what they wait for after that breaks with a RuntimeError when it takes longer than
     `timeout_seconds`.
 

@@ -102,7 +102,7 @@ class Deployment:
         numbers = {Kind.PREFILL: config.prefill_workers, Kind.DECODE: config.decode_workers}
         self._machines = Machines(config) if config.workers_at else None
         # What only the server is to know stays here: the settings may go to other machines.
-        told = replace(config, threads=threads, api_keys=(), secret="")
+        told = replace(config, threads=threads, api_keys=(), workers_at="", secret="")
         self._fleet = Fleet(
             ProcessSettings(told, secret=secrets.token_hex(16)),
             workplace=self._machines or ThisMachine(),

@@ -152,9 +152,13 @@ class Machine:
 
     async def _beat(self) -> None:
         """Say that this machine is there, and end the line to a server that has ceased to say so."""
-        while time.monotonic() - self._heard < self._silent_seconds + BEAT_SECONDS:
+        now = began = time.monotonic()
+        # Where the pause was a long one, it was this process that stood still: what was said has not been heard yet.
+        while now - self._heard < self._silent_seconds or now - began > 2 * BEAT_SECONDS:
             self._tell(Beat())
+            began = time.monotonic()
             await asyncio.sleep(BEAT_SECONDS)
+            now = time.monotonic()
         log.error("the server at %s says nothing any more", self._config.server)
         self._line.abort()
 

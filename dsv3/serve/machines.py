@@ -217,7 +217,7 @@ class Machines:
             for machine in list(self._joined):
                 machine.say(Beat())
                 silent = now - machine.heard
-                if silent > self._silent_seconds and now - began < 5 * BEAT_SECONDS:  # else it was this process
+                if silent > self._silent_seconds and now - began < 2 * BEAT_SECONDS:  # else it was this process
                     log.error("%s has said nothing for %.1f seconds", machine.name, silent)
                     machine.line.abort()
 

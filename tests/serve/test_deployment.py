@@ -99,7 +99,7 @@ class Live:
 
     def __init__(self, config, *, machines=()):
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self.deployment = Deployment(config)
         self.deployment.brought_by = self.machines = []
@@ -240,7 +240,7 @@ def test_a_machine_that_is_lost_has_what_it_had_go_on_elsewhere_and_may_join_aga
         with pytest.raises(EngineError, match="may join again: the same command"):
             await machine.task
         assert not any(Path(f"/proc/{pid}").exists() for pid in pids), "what it had started has ended"
-        tokens, events = await collect(inboxes[-1])
+        tokens, _ = await collect(inboxes[-1])
         assert tokens == expected(todo[-1])
         assert not lost.is_up, "there is no other room for it"
         live.join(decode_workers=2)
