@@ -166,7 +166,9 @@ class Machines:
                 log.warning("%s wanted to join, but: %s", caller, error)
                 writer.close()
                 return
-            if machine is not None:
+            if machine is None:
+                await line.closed(seconds=PARTING_SECONDS)
+            else:
                 await self._listen(machine)
 
     def _welcome(self, line: Line, *, message: FromMachine) -> "Joined | None":
@@ -176,7 +178,6 @@ class Machines:
         if fault := self._fault(message):
             log.warning("%s (%s) was turned away: %s", message.name, line.peer, fault)
             line.send(encode(Farewell(fault, is_refusal=True)))
-            line.close()
             return None
         brought = {Kind.PREFILL: message.prefill, Kind.DECODE: message.decode}
         machine = Joined(line, name=message.name, brings=brought, on_room=self._tell_news)

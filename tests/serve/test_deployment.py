@@ -7,7 +7,6 @@ import random
 import signal
 import threading
 import time
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -191,7 +190,8 @@ def test_answers_are_those_of_one_engine_and_each_prompt_is_read_once(live, expe
     live.use(use)
 
 
-@pytest.mark.parametrize("name", ["decode-0", pytest.param("prefill-0", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["decode-0", "prefill-0"])
 def test_what_a_worker_had_goes_on_elsewhere_when_it_is_killed(live, expected, name):
     async def use(deployment):
         todo = list(asks(16, max_tokens=100))
@@ -232,9 +232,10 @@ def test_a_machine_that_is_lost_has_what_it_had_go_on_elsewhere_and_may_join_aga
     async def use(deployment):
         todo = list(asks(16, max_tokens=100))
         inboxes = [deployment.ask(ask) for ask in todo]
-        lost = next(slot for slot in deployment._fleet.of(Kind.DECODE) if slot.worker.machine.free == Counter(decode=0))
-        await until(lambda: len(deployment._at[lost]) > 2 and all(task.tokens for task in deployment._at[lost]))
         machine = live.machines[1]
+        (name,) = [worker.name for worker in machine.workers.values()]
+        lost = next(slot for slot in deployment._fleet.slots if slot.name == name)
+        await until(lambda: len(deployment._at[lost]) > 2 and all(task.tokens for task in deployment._at[lost]))
         pids = [worker._process.pid for worker in machine.workers.values()]
         machine._line.abort()
         with pytest.raises(EngineError, match="may join again: the same command"):
