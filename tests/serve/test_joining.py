@@ -60,11 +60,15 @@ def config_of(folder, **changes):
 @asynccontextmanager
 async def server(config):
     found = Machines(config)
+    found.asked_by = []
     await found.open()
     try:
         yield found
     finally:
         await found.close()
+        if found.asked_by:
+            await asyncio.wait(found.asked_by, timeout=10)
+        await asyncio.sleep(0.01)
 
 
 def machine_of(found, folder, **changes):
@@ -72,6 +76,7 @@ def machine_of(found, folder, **changes):
     address = Address(host="127.0.0.1", port=found.port)
     machine = Machine(JoinConfig(**(settings | {"server": address} | changes)), say=lambda _: None)
     machine.task = asyncio.ensure_future(machine.run())
+    found.asked_by.append(machine.task)
     return machine
 
 
@@ -169,6 +174,7 @@ def test_a_server_that_is_gone_or_not_there_yet(tiny_folder, monkeypatch):
 
     async def use():
         found = Machines(config_of(tiny_folder))
+        found.asked_by = []
         found._server = type("Nobody", (), {"sockets": [type("S", (), {"getsockname": lambda _: ("", 1)})()]})()
         machine = machine_of(found, tiny_folder, join_timeout_seconds=0.05)
         with pytest.raises(ConfigError, match=r"cannot reach 127.0.0.1:1: connection refused"):
