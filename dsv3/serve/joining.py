@@ -171,7 +171,7 @@ class Machine:
                 f"of this machine, who hand each other pages at {self._host}; Ctrl-C stops"
             )
         elif isinstance(message, Begin):
-            self._go_beside(self._begin(message))
+            self._begin(message)
         elif isinstance(message, ToWorker) and (worker := self.workers.get(message.number)):
             worker.send(message.message)
         elif isinstance(message, End) and (worker := self.workers.get(message.number)):
@@ -179,16 +179,25 @@ class Machine:
                 worker.abandon()
             self._go_beside(self._end(message.number))
 
-    async def _begin(self, begin: Begin) -> None:
+    def _begin(self, begin: Begin) -> None:
         number = begin.number
         try:
-            worker = Worker(
+            self.workers[number] = Worker(
                 self._settings(begin.settings),
                 name=begin.name,
                 on_message=lambda _, message: self._pass_on(number, message),
                 on_end=lambda _: self._go_beside(self._end(number)),
             )
-            self.workers[number] = worker
+        except ConfigError as error:  # what the server asks for and this machine's device do not go together
+            self._pass_on(number, Broken(str(error)))
+            self._tell(Ended(number))
+        else:
+            self._go_beside(self._start(number))
+
+    async def _start(self, number: int) -> None:
+        if (worker := self.workers.get(number)) is None:
+            return  # it was to end before it had begun
+        try:
             await worker.start()
         except ConfigError as error:
             self._pass_on(number, Broken(str(error)))
