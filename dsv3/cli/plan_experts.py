@@ -53,12 +53,14 @@ def experts(
     that they meet, which is the best that could be.
     """
     loads = (
-        _read(file) if file else {DRAWN: drawn_loads(num_experts=num_experts, num_layers=layers, skew=skew, seed=seed)}
+        read_loads(file)
+        if file
+        else {DRAWN: drawn_loads(num_experts=num_experts, num_layers=layers, skew=skew, seed=seed)}
     )
     where = Devices(num_devices=devices, num_nodes=nodes, num_groups=groups)
     if known and not file:
         raise ConfigError(f"--known {known} says what experts were placed for; give what they meet, too: FILE")
-    placed_for = _read(known) if known else loads
+    placed_for = read_loads(known) if known else loads
     held = len(next(iter(loads.values()))[0])
     # Shares that come to the same slots are one.
     shares = tuple({slots_for(held, share=one, num_devices=devices): one for one in redundant or REDUNDANCY}.values())
@@ -77,8 +79,13 @@ def experts(
         typer.echo(f"assumption: loads are drawn, lognormal with skew {skew:g}; the published skew is not known")
 
 
-def _read(file: Path) -> dict[str, Layers]:
-    """Return the loads of each domain."""
+def read_loads(file: Path) -> dict[str, Layers]:
+    """Return the loads of each domain, as `dsv3 eval domains --json` prints them.
+
+    Raises:
+        DataError: the file cannot be read, or has none.
+        ConfigError: it has no domains.
+    """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         loads: dict[str, Layers] = {

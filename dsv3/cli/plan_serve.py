@@ -1,6 +1,7 @@
 """dsv3 plan serve: how many nodes a day's traffic takes, what users wait for, and what it costs."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
@@ -10,11 +11,13 @@ import typer
 
 from dsv3.cli.columns import aligned
 from dsv3.cli.inspect import find_subject
+from dsv3.cli.plan_experts import read_loads
 from dsv3.cli.plan_text import amount
 from dsv3.errors import ConfigError
 from dsv3.plan.cost import DOLLARS_PER_HOUR
+from dsv3.plan.expert_balance import Layers, expected_imbalance
 from dsv3.plan.hardware import CUSTOM, GPUS, find_hardware
-from dsv3.plan.serving import Deployment, ServingTimes
+from dsv3.plan.serving import GPUS_OF_NODE, Deployment, ServingTimes
 from dsv3.plan.serving_day import Day, Goals, Traffic, plan_day
 from dsv3.plan.serving_lines import PUBLISHED, serving_lines
 
@@ -51,6 +54,13 @@ def serve(
     imbalance: Annotated[
         float, typer.Option(min=0, help="Tokens of the busiest GPU's experts, as a share above the mean.")
     ] = 0.0,
+    loads: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Compute the imbalance from loads of experts (dsv3 eval domains --json) and the copies.",
+        ),
+    ] = None,
     drafts_accepted: Annotated[float, typer.Option(min=0, help="Tokens more of a step, by MTP (0.85 to 0.9).")] = 0.0,
     dollars_per_hour: Annotated[float, typer.Option(min=0, help="Of a GPU.")] = DOLLARS_PER_HOUR,
     fit: Annotated[bool, typer.Option("--fit", help="Try units and copies, and say which needs fewest nodes.")] = False,
@@ -63,6 +73,8 @@ def serve(
 
     Without options it is the day of production that DeepSeek has published, with the published numbers beside it.
     """
+    if loads is not None and imbalance:
+        raise ConfigError(f"--imbalance {imbalance:g} and --loads {loads} both say how even experts are; give one")
     changes = dict(_assignment(one) for one in hardware or [])
     deployment = Deployment(
         prefill_unit_nodes=prefill_unit,
@@ -76,6 +88,9 @@ def serve(
         gpu=find_hardware(gpu, changes=changes),
         deployment=deployment,
     )
+    known = None if loads is None else _loads_of(loads, num_experts=times.model.n_routed_experts)
+    if known is not None:
+        times = replace(times, deployment=balanced(times.deployment, known))
     traffic = Traffic(
         input_tokens_per_day=input_tokens,
         output_tokens_per_day=output_tokens,
@@ -86,7 +101,7 @@ def serve(
     )
     goals = Goals(tokens_per_second=speed, reserve=reserve)
     if fit:
-        typer.echo(_search(traffic, times=times, goals=goals))
+        typer.echo(_search(traffic, times=times, goals=goals, loads=known))
         return
     day = plan_day(traffic, times=times, goals=goals, seconds=seconds, seed=seed)
     if picture is not None:
@@ -136,24 +151,59 @@ def _text(day: Day, *, dollars_per_hour: float, is_production: bool) -> str:
     return "\n".join([*told[1:], "", *(f"  {row}" for row in aligned(hours))])
 
 
-def _search(traffic: Traffic, *, times: ServingTimes, goals: Goals) -> str:
+def _loads_of(file: Path, *, num_experts: int) -> dict[str, Layers]:
+    loads = read_loads(file)
+    found = len(next(iter(loads.values()))[0])
+    if found != num_experts:
+        raise ConfigError(
+            f"{file} has loads of {found} experts a layer, and the model that is planned has {num_experts}; record "
+            "them with that model"
+        )
+    return loads
+
+
+def balanced(deployment: Deployment, loads: Mapping[str, Layers]) -> Deployment:
+    """Return a deployment with the imbalance that these loads and its copies give, where prompts are read and after."""
+    found = [
+        expected_imbalance(loads, num_devices=nodes * GPUS_OF_NODE, copies=deployment.redundant_experts)
+        for nodes in (deployment.prefill_unit_nodes, deployment.decode_unit_nodes)
+    ]
+    return replace(deployment, prefill_imbalance=found[0], imbalance=found[1])
+
+
+def _search(traffic: Traffic, *, times: ServingTimes, goals: Goals, loads: Mapping[str, Layers] | None) -> str:
     """Try units of other sizes and other numbers of copies; say what each needs, or why it cannot be."""
-    tried: list[tuple[float, tuple[str, str, str, str, str]]] = []
+    tried: list[tuple[float, tuple[str, ...]]] = []
     refused = []
     for unit in UNITS:
         for copies in REDUNDANCY:
             deployment = replace(times.deployment, decode_unit_nodes=unit, redundant_experts=copies)
             name = f"decode units of {unit} nodes, {copies} copies"
             try:
+                if loads is not None:
+                    deployment = balanced(deployment, loads)
                 day = plan_day(traffic, times=replace(times, deployment=deployment), goals=goals, seconds=5.0)
             except ConfigError as error:
                 refused.append(f"  {name}: {error}")
                 continue
-            needs = (f"{day.mean_nodes:.1f}", f"{day.peak_nodes}", f"{day.hours[0].most_requests}")
+            needs = (
+                f"{deployment.imbalance:.3f}",
+                f"{day.mean_nodes:.1f}",
+                f"{day.peak_nodes}",
+                f"{day.hours[0].most_requests}",
+            )
             tried.append((day.mean_nodes, (name, *needs, f"{day.times.weight_bytes / 1e9:.1f} GB")))
     tried.sort(key=lambda one: one[0])
-    rows = [("layout", "nodes, mean", "peak", "requests in a step", "weights of a GPU"), *(row for _, row in tried)]
-    told = [f"All with imbalance {times.deployment.imbalance:g}; what copies do to it: dsv3 plan experts.", ""]
+    rows = [
+        ("layout", "imbalance", "nodes, mean", "peak", "requests in a step", "weights of a GPU"),
+        *(row for _, row in tried),
+    ]
+    told = [
+        f"assumption: an imbalance of {times.deployment.imbalance:g} whatever the copies; --loads FILE computes it"
+        if loads is None
+        else "computed: the imbalance, from --loads and the copies, with experts placed for all of that traffic",
+        "",
+    ]
     return "\n".join([*told, *aligned(rows), *(["", "These cannot be:", *refused] if refused else [])])
 
 

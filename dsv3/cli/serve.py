@@ -7,11 +7,18 @@ from typing import Annotated
 import typer
 
 from dsv3.cli.generate import Device, ModelArgument, Threads, Weights
-from dsv3.config import EngineConfig, ExpertRanksConfig, ServerConfig
+from dsv3.config import EngineConfig, ExpertRanksConfig, JoinConfig, ServerConfig
+from dsv3.config.address import read_address
 from dsv3.errors import ConfigError, MissingExtraError
 
 KEY_VARIABLE = "DSV3_API_KEY"
 """Holds a key, for those who would rather not have a file."""
+SECRET_VARIABLE = "DSV3_SECRET"
+"""Holds the secret of --secret-file."""
+OF_A_MACHINE = frozenset(
+    {"model", "join", "prefill", "decode", "address", "secret_file", "join_timeout", "device", "threads"}
+)
+"""What a machine that joins says itself; all else is its server's to say."""
 
 
 def register(app: typer.Typer) -> None:
@@ -20,6 +27,7 @@ def register(app: typer.Typer) -> None:
 
 
 def serve(
+    context: typer.Context,
     model: ModelArgument,
     host: Annotated[str, typer.Option(help="Address to listen on; others than this machine need a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
@@ -47,6 +55,21 @@ def serve(
         int, typer.Option(min=0, help="Processes that read prompts; with --decode. 0: one process does everything.")
     ] = 0,
     decode: Annotated[int, typer.Option(min=0, help="Processes that go on with what those have read.")] = 0,
+    workers_at: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Have them from other machines, which join here; none runs here.")
+    ] = "",
+    join: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Be such a machine: bring --prefill and --decode workers there.")
+    ] = "",
+    address: Annotated[
+        str, typer.Option(metavar="HOST", help="With --join: this machine as the others reach it, if not as it seems.")
+    ] = "",
+    secret_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help=f"By which machines know each other; or {SECRET_VARIABLE}.")
+    ] = None,
+    join_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds for these machines, or for their server, to be there at first.")
+    ] = 600.0,
     expert_parallel: Annotated[
         bool, typer.Option("--expert-parallel", help="Spread the experts over the processes of each kind.")
     ] = False,
@@ -74,10 +97,34 @@ def serve(
 ) -> None:
     """Serve a model: the OpenAI API under /v1, a chat page at /, /health and /metrics."""
     try:
+        from dsv3.serve.joining import join as bring
         from dsv3.serve.server import serve as run
     except ModuleNotFoundError as error:
         raise MissingExtraError(package=str(error.name), extra="serve", purpose="dsv3 serve") from error
 
+    if join:
+        _refuse_with_join(context)
+        bring(
+            JoinConfig(
+                model=str(model),
+                server=read_address(join, option="--join"),
+                secret=secret_from(secret_file),
+                prefill_workers=prefill,
+                decode_workers=decode,
+                host=address,
+                device=device,
+                threads=threads,
+                join_timeout_seconds=join_timeout,
+            ),
+            say=typer.echo,
+        )
+        return
+    if not workers_at and (address or secret_file or _is_given(context, "join_timeout")):
+        raise ConfigError(
+            "--address, --secret-file and --join-timeout are for --join and --workers-at; give one of these"
+        )
+    if address:
+        raise ConfigError("--address is for a machine that joins; write where to listen into --workers-at HOST:PORT")
     config = ServerConfig(
         model=str(model),
         weights=weights,
@@ -96,6 +143,9 @@ def serve(
         decode_workers=decode,
         expert_parallel=expert_parallel,
         expert_ranks=ExpertRanksConfig(redundant_experts=redundant_experts, rebalance_seconds=rebalance_seconds),
+        workers_at=workers_at,
+        secret=secret_from(secret_file) if workers_at else "",
+        join_timeout_seconds=join_timeout,
         worker_timeout_seconds=worker_timeout,
         transfer_timeout_seconds=transfer_timeout,
         host=host,
@@ -113,6 +163,35 @@ def serve(
         drain_timeout_seconds=drain_timeout,
     )
     run(config, say=typer.echo)
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _refuse_with_join(context: typer.Context) -> None:
+    """Refuse what a machine that joins has no say in.
+
+    Raises:
+        ConfigError: something of it was given.
+    """
+    if given := [name for name in context.params if name not in OF_A_MACHINE and _is_given(context, name)]:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(f"{options} is the server's to say, and not of a machine that joins; leave it out here")
+
+
+def secret_from(file: Path | None) -> str:
+    """Return the secret of a file, or else of the environment; empty where there is none.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    if file is None:
+        return os.environ.get(SECRET_VARIABLE, "").strip()
+    if not file.is_file():
+        raise ConfigError(f"--secret-file {file}: there is no such file; make it with: openssl rand -hex 32 > {file}")
+    return file.read_text(encoding="utf-8").strip()
 
 
 def keys_from(file: Path | None) -> tuple[str, ...]:

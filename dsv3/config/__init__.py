@@ -8,7 +8,7 @@ from dsv3.config.model import ModelConfig, YarnConfig
 from dsv3.config.parallel import ParallelConfig
 from dsv3.config.precision import PrecisionConfig
 from dsv3.config.run import EvaluationConfig, HealthConfig, PretrainConfig, RuntimeConfig, SnapshotConfig
-from dsv3.config.server import ServerConfig
+from dsv3.config.server import JoinConfig, ServerConfig
 from dsv3.config.training import (
     KEEP_ALL,
     BatchConfig,
@@ -27,6 +27,7 @@ __all__ = [
     "EvaluationConfig",
     "ExpertRanksConfig",
     "HealthConfig",
+    "JoinConfig",
     "LearningRateConfig",
     "MixtureConfig",
     "ModelConfig",

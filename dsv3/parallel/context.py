@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsv3.batch import TokenBatch
-from dsv3.parallel.link import Link
+from dsv3.parallel.link import Link, all_gather_single, reduce_scatter_single
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +164,7 @@ class _GatheredRows(torch.autograd.Function):
         padded[: len(rows)] = rows
         everyone = rows.new_empty(ranks.size * room, rows.shape[1])
         with ranks.link.waiting():
-            dist.all_gather_into_tensor(everyone, padded, group=ranks.group)
+            all_gather_single(everyone, padded, group=ranks.group)
         return everyone
 
     @staticmethod
@@ -173,5 +173,5 @@ class _GatheredRows(torch.autograd.Function):
         ranks: ContextGroup = ctx.ranks
         own = gradient.new_empty(len(gradient) // ranks.size, gradient.shape[1])
         with ranks.link.waiting():
-            dist.reduce_scatter_tensor(own, gradient.contiguous(), group=ranks.group)
+            reduce_scatter_single(own, gradient.contiguous(), group=ranks.group)
         return own[: ctx.count], None, None

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from math import lcm
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,8 @@ from dsv3.parallel.ranks import Alone, Ranks
 from dsv3.runtime.device import choose_device
 from dsv3.runtime.log import ROOT, get_logger
 from dsv3.runtime.rank import is_main_rank, num_ranks, num_restarts, rank_on_this_machine, ranks_on_this_machine
+
+TCP = "tcp://"
 
 
 @contextmanager
@@ -67,19 +70,20 @@ def open_ranks(
 
 @contextmanager
 def open_group(
-    folder: Path, *, rank: int, size: int, begin_seconds: float, timeout_seconds: float
+    meeting: str, *, rank: int, size: int, begin_seconds: float, timeout_seconds: float
 ) -> Iterator[dist.ProcessGroup]:
-    """Join ranks on this machine that are told the same empty folder, and leave them at the end.
+    """Join ranks that are told the same place to meet, and leave them at the end.
 
-    They have `begin_seconds` to come, and then talk over gloo; what they wait for after that breaks with a RuntimeError
-    when it takes longer than `timeout_seconds`.
+    It is an empty folder of one machine, or tcp://HOST:PORT of `open_meeting`. They have `begin_seconds` to come, and
+    then talk over gloo; what they wait for after that breaks with a RuntimeError when it takes longer than
+    `timeout_seconds`.
 
     Raises:
         RankLostError: one of them has not come.
     """
-    store = dist.FileStore(str(folder / "store"), size)  # type: ignore[attr-defined]
-    store.set(f"rank-{rank}", "is here")
     try:
+        store = _store_of(meeting, size=size)
+        store.set(f"rank-{rank}", "is here")
         store.wait([f"rank-{one}" for one in range(size)], timedelta(seconds=begin_seconds))
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_seconds)
@@ -91,6 +95,23 @@ def open_group(
         yield dist.group.WORLD
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def open_meeting() -> Iterator[int]:
+    """Keep a store for ranks of several machines to meet, as long as they begin; give its port.
+
+    Whoever reaches the port can write to it: it needs a network that is trusted, as what the ranks then say does.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    yield store.port
+
+
+def _store_of(meeting: str, *, size: int) -> Any:
+    if not meeting.startswith(TCP):
+        return dist.FileStore(str(Path(meeting) / "store"), size)  # type: ignore[attr-defined]
+    host, _, port = meeting.removeprefix(TCP).rpartition(":")
+    return dist.TCPStore(host, int(port), is_master=False)  # type: ignore[attr-defined]
 
 
 def _backend(device: str) -> str:

@@ -9,6 +9,10 @@ import torch.distributed as dist
 
 from dsv3.parallel.trace import NETWORK, Trace
 
+# Renamed in torch 2.13, which warns of the old names; 2.11, on which GPUs were tried, has only those.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Message:

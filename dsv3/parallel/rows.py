@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from dsv3.parallel.layout import Sharers
-from dsv3.parallel.link import Link
+from dsv3.parallel.link import Link, all_gather_single, reduce_scatter_single
 
 
 def reduce_rows(gradients: Sequence[Tensor], *, sharers: Sharers, link: Link) -> None:
@@ -20,7 +19,7 @@ def reduce_rows(gradients: Sequence[Tensor], *, sharers: Sharers, link: Link) ->
     padded = torch.cat([nn.functional.pad(part, (0, room - len(part))) for part in parts])
     total = padded.new_empty(room)
     with link.waiting():
-        dist.reduce_scatter_tensor(total, padded, group=sharers.group)
+        reduce_scatter_single(total, padded, group=sharers.group)
     own = [gradient[sharers.rows(len(gradient), place=sharers.place)] for gradient in gradients]
     _fill(own, values=total[: len(parts[sharers.place])])
 
@@ -38,7 +37,7 @@ def gather_rows(
     received = mine.new_empty(sharers.size * max(counts))
     with link.waiting():
         sent = nn.functional.pad(mine, (0, max(counts) - len(mine)))
-        dist.all_gather_into_tensor(received, sent, group=sharers.group)
+        all_gather_single(received, sent, group=sharers.group)
     for of_place, count, part in zip(targets, counts, received.split(max(counts)), strict=True):
         _fill(of_place, values=part[:count])
     return whole

@@ -82,6 +82,25 @@ def balances(
     return tuple(found)
 
 
+def expected_imbalance(loads: Mapping[str, Layers], *, num_devices: int, copies: int) -> float:
+    """Return by how much the busiest device has more to do than the mean: a share, 0 where all have as much.
+
+    Mean over layers and kinds of traffic, with experts placed for all of it together. Slots are rounded up to as many
+    on each device, so there may be more copies.
+
+    Raises:
+        ConfigError: kinds of traffic with other layers or experts, or what `place_experts` refuses.
+    """
+    _require_alike(loads)
+    known, devices = _sum(loads), Devices(num_devices=num_devices)
+    share = copies / len(known[0])
+    found = [
+        _placed(name, layers, for_name="all", for_layers=known, devices=devices, share=share).mean
+        for name, layers in loads.items()
+    ]
+    return fmean(found) - 1
+
+
 def in_order(load: Sequence[float], *, devices: Devices) -> list[float]:
     """Return the devices' loads with experts dealt out in their order; some have one more where they do not divide."""
     loads = [0.0] * devices.num_devices

@@ -48,6 +48,8 @@ class Deployment:
     """Copies more than there are experts, in each unit."""
     imbalance: float = 0.0
     """Tokens of the busiest GPU's experts, as a share above the mean; all wait for it."""
+    prefill_imbalance: float | None = None
+    """The same where prompts are read, over other numbers of GPUs; None takes `imbalance`."""
     drafts_accepted: float = 0.0
     """Tokens more that a step of decoding brings, by MTP: 0.85 to 0.9 in the report. What was used in production is not
     published."""
@@ -58,6 +60,8 @@ class Deployment:
     def __post_init__(self) -> None:
         require_positive(self, "prefill_unit_nodes", "decode_unit_nodes", "step_overhead")
         require_not_negative(self, "redundant_experts", "imbalance", "drafts_accepted", "draft_cost")
+        if self.prefill_imbalance is not None:
+            require_not_negative(self, "prefill_imbalance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +121,8 @@ class ServingTimes:
         """
         layer, model, there = self._layer, self.model, ModelConfig()
         reference = layer_counts(there)
-        busy = 1 + self.deployment.imbalance
+        deployment = self.deployment
+        busy = 1 + (deployment.imbalance if deployment.prefill_imbalance is None else deployment.prefill_imbalance)
         slower = H800.fp8_tflops / (self.gpu.fp8_tflops or self.gpu.bf16_tflops)
         attention = TRACE.attention_forward * layer.attention / reference.attention * slower
         active = model.num_experts_per_tok * layer.expert + layer.shared_experts

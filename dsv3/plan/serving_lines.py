@@ -95,7 +95,15 @@ def _times(times: ServingTimes, *, day: Day) -> list[Line]:
             published,
             f"DeepGEMM, {GEMM_TFLOPS:g} TFLOPs/s, or weights at {READ_SHARE:.0%} of the memory's rate",
         ),
-        _line(section, "experts", step.experts, "seconds", published, f"the same; imbalance {deployment.imbalance:g}"),
+        _line(
+            section,
+            "experts",
+            step.experts,
+            "seconds",
+            published,
+            f"the same; imbalance {deployment.imbalance:.3g}, "
+            f"{'assumed' if deployment.prefill_imbalance is None else 'of the loads given'}",
+        ),
         _line(
             section,
             "exchange",

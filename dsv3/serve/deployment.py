@@ -24,8 +24,9 @@ from dsv3.infer.request import EngineStats, FinishReason, TokenEvent
 from dsv3.runtime.device import available_cores
 from dsv3.runtime.log import get_logger
 from dsv3.serve.engine_client import GONE, STOPPING, Member, Transfers
-from dsv3.serve.fleet import WATCH_SECONDS, Fleet, Kind, Slot
+from dsv3.serve.fleet import WATCH_SECONDS, Fleet, Kind, Slot, ThisMachine
 from dsv3.serve.inboxes import Inbox, Inboxes
+from dsv3.serve.machines import Machines
 from dsv3.serve.messages import (
     Adopted,
     Ask,
@@ -44,7 +45,7 @@ from dsv3.serve.messages import (
     Room,
 )
 from dsv3.serve.placing import Decoding, Reading, choose_decoder, choose_reader
-from dsv3.serve.worker import NOT_READY, Worker
+from dsv3.serve.worker import NOT_READY, AnyWorker
 
 log = get_logger(__name__)
 
@@ -99,8 +100,12 @@ class Deployment:
         workers = config.prefill_workers + config.decode_workers
         threads = config.threads or max(1, available_cores() // workers)
         numbers = {Kind.PREFILL: config.prefill_workers, Kind.DECODE: config.decode_workers}
+        self._machines = Machines(config) if config.workers_at else None
+        # What only the server is to know stays here: the settings may go to other machines.
+        told = replace(config, threads=threads, api_keys=(), workers_at="", secret="")
         self._fleet = Fleet(
-            ProcessSettings(replace(config, threads=threads), secret=secrets.token_hex(16)),
+            ProcessSettings(told, secret=secrets.token_hex(16)),
+            workplace=self._machines or ThisMachine(),
             numbers=numbers,
             on_message=self._take,
             on_loss=self._lose,
@@ -117,7 +122,7 @@ class Deployment:
         self._num_asked = 0
         self._parked: list[Task] = []
         """For which there is no worker just now."""
-        self._checks: dict[Worker, list[asyncio.Future[str]]] = {}
+        self._checks: dict[AnyWorker, list[asyncio.Future[str]]] = {}
         self._ready = NOT_READY
 
     # ---- what a server needs ----
@@ -162,9 +167,13 @@ class Deployment:
         """Start all workers, and return when they have the model.
 
         Raises:
-            ConfigError: it cannot be loaded; the message is the engine's.
+            ConfigError: it cannot be loaded, with the engine's message; or no machines bring the workers in time.
         """
+        if self._machines is not None:
+            await self._machines.open()
         await self._fleet.start()
+        if self._machines is not None:
+            self._machines.wait_for_ever()
         decoders = [slot.worker.ready for slot in self._fleet.of(Kind.DECODE) if slot.worker is not None]
         limit = min(worker.ready.context_limit for worker in self._fleet.workers)
         pages = sum(ready.num_pages for ready in decoders)
@@ -175,6 +184,8 @@ class Deployment:
         """End all processes and free everything."""
         self.is_stopping = True
         await self._fleet.stop()
+        if self._machines is not None:
+            await self._machines.close()
 
     def ask(self, ask: Ask) -> Inbox:
         """Hand a request over; its events come into the queue that is returned.
@@ -215,7 +226,7 @@ class Deployment:
         faults = [(worker.name, await self._check(worker)) for worker in self._fleet.workers if worker.is_alive]
         return "; ".join(f"{name}: {fault}" for name, fault in faults if fault)
 
-    async def _check(self, worker: Worker) -> str:
+    async def _check(self, worker: AnyWorker) -> str:
         answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._checks.setdefault(worker, []).append(answer)
         worker.send(Check())
@@ -358,7 +369,7 @@ class Deployment:
             else:
                 self._let_read(task)
 
-    def _lose(self, slot: Slot, worker: Worker) -> None:
+    def _lose(self, slot: Slot, worker: AnyWorker) -> None:
         """Place the requests of a worker that has ended again."""
         for answer in self._checks.pop(worker, []):
             answer.set_result("")

@@ -10,7 +10,7 @@ from dsv3.errors import EngineError
 from dsv3.infer.request import EngineStats
 from dsv3.serve.inboxes import Inbox, Inboxes
 from dsv3.serve.messages import Ask, Cancel, Check, Checked, FromEngine, ProcessSettings, Progress, Ready, Refused
-from dsv3.serve.worker import Worker
+from dsv3.serve.worker import AnyWorker, Worker
 
 GONE = "the engine has ended; the server stops"
 STOPPING = "the server stops, and has no more time for this answer"
@@ -186,7 +186,7 @@ class OneEngine:
         self._worker.send(Check())
         return await answer
 
-    def _take(self, worker: Worker, message: FromEngine) -> None:
+    def _take(self, worker: AnyWorker, message: FromEngine) -> None:
         del worker
         if isinstance(message, Progress):
             for event in message.events:

@@ -14,8 +14,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import msgspec
 import zmq
@@ -70,8 +69,11 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 T = TypeVar("T")
 
 
-def main() -> None:
-    """Serve the engine at the address on the command line until told to stop, or until the parent is gone."""
+def main() -> int:
+    """Serve the engine at the address on the command line until told to stop, or until the parent is gone.
+
+    Returns the status to end with.
+    """
     parent = int(sys.argv[2])  # os.getppid() is another one already if it has ended while this process began
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
@@ -89,7 +91,8 @@ def main() -> None:
 
         transport = None
         if settings.secret:
-            transport = at_the_end.enter_context(closing(SocketTransport(context, secret=settings.secret)))
+            made = SocketTransport(context, secret=settings.secret, host=settings.host)
+            transport = at_the_end.enter_context(closing(made))
         try:
             service = EngineService(settings.config, tell=tell, transport=transport)
             if settings.place is not None:
@@ -97,17 +100,18 @@ def main() -> None:
             service.begin()
         except Dsv3Error as error:
             tell(Broken(str(error)))
-            return
+            return 0
         except OSError as error:
             tell(Broken(f"{error.strerror}: {error.filename}" if error.filename else str(error)))
-            return
+            return 0
         tell(service.ready())
         try:
             run(service, socket=socket, parent=parent)
         except RankLostError as error:
             if not is_told_to_stop(socket):
                 log.error("%s; this process ends with it, and all that share experts are to be started again", error)
-                sys.exit(1)
+                return 1
+    return 0
 
 
 def joined(settings: ProcessSettings) -> AbstractContextManager[ProcessGroup]:
@@ -115,7 +119,7 @@ def joined(settings: ProcessSettings) -> AbstractContextManager[ProcessGroup]:
     place = settings.place
     assert place is not None
     return open_group(
-        Path(place.folder),
+        place.meeting,
         rank=place.rank,
         size=place.size,
         begin_seconds=BEGIN_SECONDS,
@@ -347,5 +351,13 @@ class EngineService:
         return self._grammars
 
 
+def leave(status: int) -> NoReturn:
+    """End this process at once. Python would take torch down piece by piece first: seconds, where others compute."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    main()
+    leave(main())

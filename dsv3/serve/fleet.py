@@ -7,9 +7,11 @@ midst of, none of them can go on with alone.
 import asyncio
 import tempfile
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Protocol
 
 import msgspec
 
@@ -18,7 +20,7 @@ from dsv3.infer.request import EngineStats
 from dsv3.runtime.log import get_logger
 from dsv3.serve.messages import FromEngine, ProcessSettings, RankPlace, ToEngine, Wake
 from dsv3.serve.placing import KnownPrefixes, Pace
-from dsv3.serve.worker import Worker
+from dsv3.serve.worker import AnyWorker, Worker
 
 log = get_logger(__name__)
 
@@ -44,7 +46,7 @@ class Slot:
 
     name: str
     kind: Kind
-    worker: Worker | None = None
+    worker: AnyWorker | None = None
     """None while it is started again."""
     started: float = 0.0
     num_failed_starts: int = 0
@@ -84,16 +86,60 @@ class Group:
             for slot in self.slots:
                 slot.send(Wake(self.num_woken))
 
-    def place_of(self, slot: Slot, *, folder: str) -> RankPlace | None:
-        """Return what a worker is told of the others, whom it finds by a folder."""
+    def place_of(self, slot: Slot, *, meeting: str) -> RankPlace | None:
+        """Return what a worker is told of the others, whom it finds where all meet."""
         if self.is_one_alone:
             return None
         return RankPlace(
-            folder=folder,
+            meeting=meeting,
             rank=self.slots.index(slot),
             size=len(self.slots),
             decodes=slot.kind is Kind.DECODE,
         )
+
+
+class NewWorker(Protocol):
+    """Makes a worker, not started yet."""
+
+    def __call__(
+        self,
+        settings: ProcessSettings,
+        *,
+        name: str,
+        on_message: Callable[[AnyWorker, FromEngine], None],
+        on_end: Callable[[AnyWorker], None],
+    ) -> AnyWorker:
+        """Return it."""
+        ...
+
+
+class Workplace(Protocol):
+    """Where workers run."""
+
+    async def seats(self, kind: Kind, *, count: int) -> Sequence[NewWorker]:
+        """Return places for so many workers of a kind, once there are as many.
+
+        Raises:
+            ConfigError: there will not be.
+        """
+        ...
+
+    def meeting(self) -> AbstractContextManager[str]:
+        """Keep a place where ranks that share experts find each other, while they begin."""
+        ...
+
+
+class ThisMachine:
+    """A `Workplace` with room for all."""
+
+    async def seats(self, kind: Kind, *, count: int) -> Sequence[NewWorker]:
+        """Return places for so many workers."""
+        del kind
+        return [Worker] * count
+
+    def meeting(self) -> AbstractContextManager[str]:
+        """Keep a folder, which is of no more use once they have met: nothing stays whatever ends this process."""
+        return tempfile.TemporaryDirectory(prefix="dsv3-ranks-")
 
 
 class Fleet:
@@ -103,13 +149,15 @@ class Fleet:
         self,
         settings: ProcessSettings,
         *,
+        workplace: Workplace,
         numbers: dict[Kind, int],
         on_message: Callable[[Slot, FromEngine], None],
-        on_loss: Callable[[Slot, Worker], None],
+        on_loss: Callable[[Slot, AnyWorker], None],
         on_ready: Callable[[Slot], None],
         on_death: Callable[[], None],
     ) -> None:
         self._settings = settings
+        self._workplace = workplace
         self._groups = [group for kind, count in numbers.items() for group in self._groups_of(kind, count=count)]
         self.slots = [slot for group in self._groups for slot in group.slots]
         self._on_message = on_message
@@ -118,7 +166,7 @@ class Fleet:
         self._on_death = on_death
         self._past = EngineStats()
         """Counts of workers that have ended."""
-        self._slot_of: dict[Worker, Slot] = {}
+        self._slot_of: dict[AnyWorker, Slot] = {}
         self._beside: set[asyncio.Task[None]] = set()
 
     @property
@@ -127,7 +175,7 @@ class Fleet:
         return all(any(not slot.is_given_up for slot in self.of(kind)) for kind in Kind)
 
     @property
-    def workers(self) -> list[Worker]:
+    def workers(self) -> list[AnyWorker]:
         """All that there are just now."""
         return [slot.worker for slot in self.slots if slot.worker is not None]
 
@@ -149,10 +197,14 @@ class Fleet:
         Raises:
             ConfigError: it cannot be loaded; the message is the engine's.
         """
-        ended = await asyncio.gather(*map(self._start_group, self._groups), return_exceptions=True)
-        for error in ended:
-            if isinstance(error, BaseException):
-                raise error
+        starts = [asyncio.ensure_future(self._start_group(group)) for group in self._groups]
+        try:
+            await asyncio.gather(*starts)
+        except BaseException:
+            for start in starts:
+                start.cancel()
+            await asyncio.gather(*starts, return_exceptions=True)
+            raise
         for group in self._groups:
             self._welcome(group)
 
@@ -192,16 +244,16 @@ class Fleet:
     async def _start_group(self, group: Group) -> None:
         """Start all workers of a group, and return when they have the model; if one has not, end the others."""
         group.num_woken = 0
-        # Of no more use once they have found each other: nothing is left behind whatever ends this process.
-        with tempfile.TemporaryDirectory(prefix="dsv3-ranks-") as folder:
+        seats = await self._workplace.seats(group.slots[0].kind, count=len(group.slots))
+        with nullcontext("") if group.is_one_alone else self._workplace.meeting() as meeting:
             workers = []
-            for slot in group.slots:
-                settings = msgspec.structs.replace(self._settings, place=group.place_of(slot, folder=folder))
-                slot.worker = Worker(settings, name=slot.name, on_message=self._take, on_end=self._lose)
+            for slot, new_worker in zip(group.slots, seats, strict=True):
+                settings = msgspec.structs.replace(self._settings, place=group.place_of(slot, meeting=meeting))
+                slot.worker = new_worker(settings, name=slot.name, on_message=self._take, on_end=self._lose)
                 workers.append(slot.worker)
             await start_together(workers)
 
-    def _take(self, worker: Worker, message: FromEngine) -> None:
+    def _take(self, worker: AnyWorker, message: FromEngine) -> None:
         if slot := self._slot_of.get(worker):
             self._on_message(slot, message)
 
@@ -218,11 +270,11 @@ class Fleet:
         for slot in group.slots:
             self._on_ready(slot)
 
-    def _lose(self, worker: Worker) -> None:
+    def _lose(self, worker: AnyWorker) -> None:
         if worker not in self._slot_of:  # It was ready, and others are not yet: `_welcome` will see.
             return
         group = self._slot_of[worker].group
-        ended: list[tuple[Slot, Worker]] = []
+        ended: list[tuple[Slot, AnyWorker]] = []
         for slot in group.slots:
             assert slot.worker is not None
             ended.append((slot, slot.worker))
@@ -239,7 +291,7 @@ class Fleet:
             self._on_loss(slot, one)
         self.go_beside(self._start_again(group, ended=[one for _, one in ended]))
 
-    async def _start_again(self, group: Group, *, ended: list[Worker]) -> None:
+    async def _start_again(self, group: Group, *, ended: list[AnyWorker]) -> None:
         """Fill the slots of a group again, with pauses that grow while nothing lasts in them."""
         await asyncio.gather(*(worker.stop() for worker in ended))
         names = ", ".join(slot.name for slot in group.slots)
@@ -266,7 +318,7 @@ class Fleet:
             self._on_death()
 
 
-async def start_together(workers: list[Worker]) -> None:
+async def start_together(workers: list[AnyWorker]) -> None:
     """Start workers, and return when all have the model; if one cannot load it, end the others.
 
     Raises:

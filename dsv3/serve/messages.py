@@ -1,4 +1,4 @@
-"""What the two processes of the server tell each other."""
+"""What the processes of a server tell each other, and what the machines do whose workers it uses."""
 
 import msgspec
 
@@ -11,8 +11,8 @@ from dsv3.serve.grammar import GrammarSpec
 class RankPlace(msgspec.Struct, frozen=True):
     """An engine's place among those that share the experts with it."""
 
-    folder: str
-    """Where they find each other: a new one each time that they begin."""
+    meeting: str
+    """Where they find each other: a folder, or tcp://HOST:PORT of a store; another one each time that they begin."""
     rank: int
     size: int
     decodes: bool
@@ -25,6 +25,8 @@ class ProcessSettings(msgspec.Struct, frozen=True):
     config: ServerConfig
     secret: str = ""
     """Known to the processes that hand each other pages; empty where none do."""
+    host: str = "127.0.0.1"
+    """This machine's address as those processes reach it; pages are taken there."""
     place: RankPlace | None = None
     """None where all experts are in this process."""
 
@@ -160,9 +162,85 @@ class Checked(msgspec.Struct, tag=True, frozen=True):
     fault: str
 
 
+class Join(msgspec.Struct, tag=True, frozen=True):
+    """A machine offers workers to a server. Its first word; later versions keep its form."""
+
+    version: str
+    """Of dsv3: what both tell each other is the same within one."""
+    name: str
+    host: str
+    """Where its workers take pages."""
+    model: dict[str, str]
+    """What `digest_of` the model's folder says there."""
+    prefill: int
+    decode: int
+
+
+class Welcome(msgspec.Struct, tag=True, frozen=True):
+    """The workers are taken."""
+
+    silent_seconds: float
+    """After so long without a word either end takes the other for gone."""
+
+
+class Farewell(msgspec.Struct, tag=True, frozen=True):
+    """The machine is not needed, or not any more."""
+
+    reason: str
+    is_refusal: bool = False
+    """Whether it has to do with the machine: it is then to end with an error."""
+
+
+class Begin(msgspec.Struct, tag=True, frozen=True):
+    """The machine is to start a worker."""
+
+    number: int
+    """The worker's, for as long as it lives."""
+    name: str
+    settings: ProcessSettings
+    """The model's folder, device, threads and host are the machine's own affair."""
+
+
+class End(msgspec.Struct, tag=True, frozen=True):
+    """The machine is to end a worker."""
+
+    number: int
+    at_once: bool
+
+
+class Ended(msgspec.Struct, tag=True, frozen=True):
+    """A worker has ended, and there is room for another one."""
+
+    number: int
+
+
+class Beat(msgspec.Struct, tag=True, frozen=True):
+    """Whoever says it is still there."""
+
+
 ToEngine = Ask | Expect | Cancel | Leave | Check | Wake | Stop
 FromEngine = Here | Ready | Broken | Refused | Progress | Checked | Alive | Room | Adopted | Lost
+
+
+class ToWorker(msgspec.Struct, tag=True, frozen=True):
+    """Something for one of the machine's workers."""
+
+    number: int
+    message: ToEngine
+
+
+class FromWorker(msgspec.Struct, tag=True, frozen=True):
+    """Something that one of the machine's workers has said."""
+
+    number: int
+    message: FromEngine
+
+
+ToMachine = Welcome | Farewell | Begin | End | ToWorker | Beat
+FromMachine = Join | FromWorker | Ended | Beat
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
 decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
+decode_to_machine = msgspec.msgpack.Decoder(ToMachine).decode
+decode_from_machine = msgspec.msgpack.Decoder(FromMachine).decode

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import zmq
@@ -37,6 +38,41 @@ STOP_SECONDS = 5.0
 NOT_READY = Ready(context_limit=0, num_embeddings=0, weights="", drafts=0, num_pages=0, page_tokens=0)
 
 
+class AnyWorker(Protocol):
+    """One process, of this machine (`Worker`) or of another one (`machines.RemoteWorker`)."""
+
+    name: str
+    ready: Ready
+    stats: EngineStats
+    is_alive: bool
+    heard: float
+    """When it last said anything, by the monotonic clock."""
+
+    async def start(self) -> None:
+        """Start the process, and return when the model is loaded.
+
+        Raises:
+            ConfigError: it cannot be loaded; the message is the engine's.
+        """
+        ...
+
+    async def stop(self) -> None:
+        """End the process and free everything."""
+        ...
+
+    def kill(self) -> None:
+        """End it at once; it is then seen to have ended."""
+        ...
+
+    def abandon(self) -> None:
+        """End it at once; nothing more is heard of it."""
+        ...
+
+    def send(self, message: ToEngine) -> None:
+        """Say something, which is lost if the process has ended."""
+        ...
+
+
 class Worker:
     """One process. `on_message` gets what it says once it is ready, `on_end` is called if it ends by itself."""
 
@@ -45,8 +81,8 @@ class Worker:
         settings: ProcessSettings,
         *,
         name: str,
-        on_message: Callable[["Worker", FromEngine], None],
-        on_end: Callable[["Worker"], None],
+        on_message: Callable[[AnyWorker, FromEngine], None],
+        on_end: Callable[[AnyWorker], None],
     ) -> None:
         self.name = name
         self.ready = NOT_READY

@@ -3,7 +3,7 @@
 import pytest
 
 from dsv3.errors import ConfigError
-from dsv3.plan.expert_balance import Devices, balances, drawn_loads, slots_for
+from dsv3.plan.expert_balance import Devices, balances, drawn_loads, expected_imbalance, slots_for
 
 TWO = Devices(num_devices=2)
 
@@ -60,3 +60,11 @@ def test_kinds_of_traffic_with_other_experts_are_refused():
         balances({"a": [[1.0, 2.0]], "b": [[1.0]]}, devices=TWO, redundancy=(0.0,))
     with pytest.raises(ConfigError, match="0 or more"):
         balances({"a": [[1.0, 2.0]]}, devices=TWO, redundancy=(-0.1,))
+
+
+def test_the_expected_imbalance_is_that_of_the_busiest_device_and_copies_level_it():
+    loads = {"text": [[3.0, 1.0, 1.0, 1.0]]}
+    # In pairs one device has 3 + 1 of 6; with two copies the busy expert is there three times, and all six slots alike.
+    assert expected_imbalance(loads, num_devices=2, copies=0) == pytest.approx(4 / 3 - 1)
+    assert expected_imbalance(loads, num_devices=2, copies=2) == pytest.approx(0)
+    assert expected_imbalance({"text": [[2.0] * 8]}, num_devices=4, copies=0) == pytest.approx(0)

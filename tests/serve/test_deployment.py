@@ -8,20 +8,25 @@ import signal
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import pytest
 
-from dsv3.config import EngineConfig, ServerConfig
-from dsv3.errors import ConfigError
+from dsv3.config import EngineConfig, JoinConfig, ServerConfig
+from dsv3.config.address import Address
+from dsv3.errors import ConfigError, EngineError
 from dsv3.infer.loaded import load
 from dsv3.infer.request import FinishReason, Request
 from dsv3.infer.sampler import SamplingParams
 from dsv3.serve import deployment as deployment_module
 from dsv3.serve.deployment import Deployment
 from dsv3.serve.fleet import Kind
+from dsv3.serve.joining import Machine
+from dsv3.serve.machines import RemoteWorker
 from dsv3.serve.messages import Ask, HandTo, Refused
 
+SECRET = "known to all machines"
 ENGINE = EngineConfig(page_tokens=4, max_step_tokens=16, max_drafts=1, adaptive_drafts=False)
 
 
@@ -91,12 +96,30 @@ async def in_order(deployment, *, seconds=20.0):
 class Live:
     """A deployment in an event loop of its own, which tests share."""
 
-    def __init__(self, config):
+    def __init__(self, config, *, machines=()):
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self.deployment = Deployment(config)
-        self.run(self.deployment.start())
+        self.deployment.brought_by = self.machines = []
+        self.run(self._start(machines))
+
+    async def _start(self, machines):
+        """Start it, and the machines that bring its workers: (prefill, decode) of each."""
+        starting = asyncio.ensure_future(self.deployment.start())
+        if machines:
+            await until(lambda: starting.done() or self.deployment._machines._server is not None)
+        for prefill, decode in machines:
+            self.join(prefill_workers=prefill, decode_workers=decode)
+        await starting
+
+    def join(self, **workers):
+        """Let a machine join, which is a task of this process; its workers are processes."""
+        server = Address(host="127.0.0.1", port=self.deployment._machines.port)
+        config = JoinConfig(model=self.deployment._config.model, server=server, secret=SECRET, threads=1, **workers)
+        machine = Machine(config)
+        machine.task = asyncio.ensure_future(machine.run())
+        self.machines.append(machine)
 
     def run(self, work, *, seconds=180):
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(seconds)
@@ -106,6 +129,8 @@ class Live:
 
     def close(self):
         self.run(self.deployment.stop())
+        for machine in self.machines:
+            self.run(asyncio.wait([machine.task]))
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -113,15 +138,19 @@ class Live:
 
 @pytest.fixture(scope="module")
 def live(tiny_folder):
-    """One worker that reads, and two that go on."""
-    live = Live(config_of(tiny_folder, decode_workers=2, worker_timeout_seconds=4.0))
+    """One worker that reads, and two that go on, brought by two machines."""
+    at = {"workers_at": "127.0.0.1:0", "secret": SECRET}
+    live = Live(config_of(tiny_folder, decode_workers=2, worker_timeout_seconds=4.0, **at), machines=[(1, 1), (0, 1)])
     yield live
     live.close()
 
 
 def pid_of(deployment, name):
     (slot,) = [slot for slot in deployment._fleet.slots if slot.name == name]
-    return slot.worker._process.pid
+    worker = slot.worker
+    if isinstance(worker, RemoteWorker):
+        (worker,) = [one for machine in deployment.brought_by for one in machine.workers.values() if one.name == name]
+    return worker._process.pid
 
 
 async def all_right(deployment, todo, inboxes, *, expected):
@@ -161,7 +190,8 @@ def test_answers_are_those_of_one_engine_and_each_prompt_is_read_once(live, expe
     live.use(use)
 
 
-@pytest.mark.parametrize("name", ["decode-0", pytest.param("prefill-0", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["decode-0", "prefill-0"])
 def test_what_a_worker_had_goes_on_elsewhere_when_it_is_killed(live, expected, name):
     async def use(deployment):
         todo = list(asks(16, max_tokens=100))
@@ -194,6 +224,31 @@ def test_a_worker_that_hangs_is_ended_and_its_requests_go_on(live, expected):
         os.kill(pid_of(deployment, "decode-1"), signal.SIGSTOP)
         await all_right(deployment, todo, inboxes, expected=expected)
         assert slot.num_restarts == 1
+
+    live.use(use)
+
+
+def test_a_machine_that_is_lost_has_what_it_had_go_on_elsewhere_and_may_join_again(live, expected):
+    async def use(deployment):
+        todo = list(asks(16, max_tokens=100))
+        inboxes = [deployment.ask(ask) for ask in todo]
+        machine = live.machines[1]
+        (name,) = [worker.name for worker in machine.workers.values()]
+        lost = next(slot for slot in deployment._fleet.slots if slot.name == name)
+        await until(lambda: len(deployment._at[lost]) > 2 and all(task.tokens for task in deployment._at[lost]))
+        pids = [worker._process.pid for worker in machine.workers.values()]
+        machine._line.abort()
+        with pytest.raises(EngineError, match="may join again: the same command"):
+            await machine.task
+        assert not any(Path(f"/proc/{pid}").exists() for pid in pids), "what it had started has ended"
+        tokens, _ = await collect(inboxes[-1])
+        assert tokens == expected(todo[-1])
+        assert not lost.is_up, "there is no other room for it"
+        live.join(decode_workers=2)
+        inboxes[-1] = deployment.ask(todo[-1])
+        await all_right(deployment, todo, inboxes, expected=expected)
+        assert lost.is_up
+        assert [machine.free.total() for machine in deployment._machines._joined] == [0, 1], "one is spare"
 
     live.use(use)
 

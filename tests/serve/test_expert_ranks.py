@@ -11,7 +11,7 @@ from dsv3.infer.loaded import load
 from dsv3.infer.request import Request
 from dsv3.serve.metrics import Metrics
 
-from .test_deployment import ENGINE, Live, all_right, asks, config_of, in_order, pid_of, until
+from .test_deployment import ENGINE, SECRET, Live, all_right, asks, config_of, in_order, pid_of, until
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +34,17 @@ def expected(tiny_folder):
 
 @pytest.fixture(scope="module")
 def live(tiny_folder):
-    """One worker that prefills, and two that decode and share the experts, which move."""
+    """One worker that prefills, and two of two machines that decode and share the experts, which move."""
     config = config_of(
         tiny_folder,
         decode_workers=2,
         expert_parallel=True,
         expert_ranks=ExpertRanksConfig(redundant_experts=2, rebalance_seconds=1.0, moved_bytes_per_step=1),
         worker_timeout_seconds=20.0,
+        workers_at="127.0.0.1:0",
+        secret=SECRET,
     )
-    live = Live(config)
+    live = Live(config, machines=[(1, 1), (0, 1)])
     yield live
     live.close()
 

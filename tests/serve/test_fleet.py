@@ -8,7 +8,7 @@ from dsv3.config import ServerConfig
 from dsv3.errors import ConfigError
 from dsv3.infer.request import EngineStats
 from dsv3.serve import fleet as fleet_module
-from dsv3.serve.fleet import Fleet, Kind
+from dsv3.serve.fleet import Fleet, Kind, ThisMachine
 from dsv3.serve.messages import ProcessSettings, Wake
 from dsv3.serve.worker import NOT_READY
 
@@ -57,6 +57,7 @@ def fleet(monkeypatch):
     heard = []
     fleet = Fleet(
         ProcessSettings(config),
+        workplace=ThisMachine(),
         numbers={Kind.PREFILL: 2, Kind.DECODE: 2},
         on_message=lambda *_: None,
         on_loss=lambda slot, _: heard.append(("lost", slot.name)),
@@ -82,7 +83,7 @@ def test_a_group_is_told_where_to_meet_and_is_up_as_a_whole(fleet):
             (0, 2, True),
             (1, 2, True),
         ]
-        assert places[0].folder == places[1].folder != places[2].folder == places[3].folder
+        assert places[0].meeting == places[1].meeting != places[2].meeting == places[3].meeting
         readers, decoders = fleet.of(Kind.PREFILL), fleet.of(Kind.DECODE)
         decoders[1].worker.is_alive = False
         assert [slot.is_up for slot in [*readers, *decoders]] == [True, True, False, False]
@@ -104,7 +105,7 @@ def test_when_one_ends_all_of_its_group_are_lost_and_begin_again_elsewhere(fleet
         await settle(fleet)
         assert fleet.heard[2:] == [("ready", "decode-0"), ("ready", "decode-1")]
         assert [slot.num_restarts for slot in fleet.slots] == [0, 0, 1, 1]
-        assert Acting.all[4].place.folder != Acting.all[2].place.folder
+        assert Acting.all[4].place.meeting != Acting.all[2].place.meeting
 
     asyncio.run(use())
 
