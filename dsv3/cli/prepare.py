@@ -37,10 +37,14 @@ def prepare(
 
     Says what was read, what was skipped and why. Stopped, the same command goes on.
     """
+    from dsv3.report.data_card import CARD, write_card
+
     wanted = run_settings(recipe, more_data=more_data, run=run, data=data, config_file=config, assignments=assignments)
     corpus = build(wanted)
     for line in composition(corpus):
         typer.echo(line)
+    if (corpus.folder / CARD).is_file():  # A corpus of `dsv3 data prepare` has its own, beside its shards.
+        typer.echo(f"what became of every document: {write_card(corpus.folder)}")
 
 
 def build(wanted: RunSettings) -> "PreparedCorpus":

@@ -131,10 +131,13 @@ def quickstart_stages(config: "PretrainConfig", *, folder: Path, progress: "Prog
 def build_corpus(config: "PretrainConfig", *, folder: Path, progress: "Progress") -> str:
     """Prepare text and tokenizer."""
     from dsv3.data.prepare import prepare_corpus
+    from dsv3.report.data_card import CARD, write_card
     from dsv3.train.run_folder import open_run_folder
 
     with open_run_folder(folder, config=config):
         corpus = prepare_corpus(config, folder=folder / "corpus", progress=progress.count)
+        if (corpus.folder / CARD).is_file():  # A corpus of `dsv3 data prepare` has its own, beside its shards.
+            write_card(corpus.folder)
     size = sum(source.bytes for source in corpus.sources) / 1e6
     tokens = sum(source.tokens for source in corpus.sources) / 1e6
     return f"{size:.1f} MB of text, {tokens:.1f}M tokens, vocabulary of {corpus.vocab_size:,}{left_out(corpus)}"

@@ -10,9 +10,10 @@ from dsv3.errors import ConfigError
 class ReadingConfig:
     """What a document is."""
 
-    max_document_bytes: int = 2**20
-    """A longer text is cut into documents of about this size at line ends, so that memory stays flat."""
-    max_line_bytes: int = 8 * 2**20
+    max_document_bytes: int = 2**19
+    """A longer text is cut into documents of about this size at line ends, so that memory stays flat: as many tokens of
+    English as V3's longest context has."""
+    max_line_bytes: int = 4 * 2**20
     """A longer line of JSON is not read: it would have to fit in memory several times over."""
     max_page_bytes: int = 2**20
     """A larger web page is not read: its tree takes 20 times its bytes (Common Crawl long cut pages here)."""

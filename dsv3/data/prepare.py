@@ -100,7 +100,8 @@ def prepare_corpus(config: PretrainConfig, *, folder: Path, progress: ProgressCa
             folder=folder, vocab_size=tokenizer.vocab_size, sources=sources, absent=absent, settings=settings
         )
         _pack_sources(corpus, config=config, report=report)
-        write_plain_card(corpus, accounts=[source_account(part.work) for part in parts])
+        accounts = [source_account(part.work) for part in parts]
+        write_plain_card(corpus, accounts=accounts, not_applied=rules.not_applied)
         save_prepared(corpus)
         shutil.rmtree(folder / WORK)
     return corpus

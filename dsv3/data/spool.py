@@ -139,7 +139,10 @@ def spooled_source(folder: Path, *, held_out_file: Path, seen: set[int], rules: 
         for document in _read(file):
             seen.add(hash_text(document.text))
             rules.remember(document.text)
-    remarks = {field: tuple(Remark(**remark) for remark in values[field]) for field in ("skipped", "changed")}
+    remarks = {
+        field: tuple(Remark(**{**remark, "examples": tuple(remark["examples"])}) for remark in values[field])
+        for field in ("skipped", "changed")
+    }
     return Spool(**{**values, **remarks, "cut": Cut(**values["cut"]) if values["cut"] else None})
 
 

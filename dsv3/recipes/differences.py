@@ -90,6 +90,7 @@ _OF_NO_CONSEQUENCE = {
 """Groups of settings that decide nothing of what is learned."""
 
 _SMALLER = "a smaller model: every width and count is smaller, their roles are the same"
+_OWN_RULES = "a run that reads its own text applies the rules itself; a large corpus comes from dsv3 data prepare"
 _FEWER_EXPERTS = "a smaller model has fewer experts; groups, biased choice and gates work as published"
 _SHORTER = "a shorter run; the schedules keep their fractions of it"
 
@@ -165,6 +166,9 @@ REASONS: dict[str, dict[str, str]] = {
         "model.n_group": _FEWER_EXPERTS,
         "model.topk_group": _FEWER_EXPERTS,
         "model.initializer_range": "0.006 times the root of 7168 / 128, the ratio of widths; 0.006 learns slowly here",
+        "data.rules.mend": _OWN_RULES,
+        "data.rules.mask": _OWN_RULES,
+        "data.rules.near_copies": _OWN_RULES,
         "data.held_out_rate": "a small corpus: twice the share, so that every source has something to score",
         "optim.ema_decay": "thousands of steps, not hundreds of thousands: the average must forget sooner",
         "balance.bias_update_speed": "thousands of steps, not hundreds of thousands: the bias must get there sooner",

@@ -111,7 +111,9 @@ def draw(card: Mapping[str, Any], *, file: Path) -> None:
     with picture(file, width=11.0, height=9.5) as figure:
         axes = figure.subplots(3, 2)
         funnel = [
-            Bar(name=STEPS[one["name"]], value=one["kept_bytes"]) for one in card["steps"] if one["name"] in STEPS
+            Bar(name=STEPS[one["name"]], value=one["kept_bytes"])
+            for one in card["steps"]
+            if one["name"] in STEPS and one["name"] not in card.get("not_applied", ())
         ]
         bars(axes[0][0], funnel, title="What is left after each step, bytes", colour=BLUE)
         domains = grouped(card["groups"])

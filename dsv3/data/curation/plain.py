@@ -1,7 +1,7 @@
 """The rules of `dsv3 data prepare` for `dsv3 prepare`: the same functions, for one document after the other.
 
-Needs none of the extra `data`. Languages are told by script alone, so that what comes out does not hang on what is
-installed; the rule for English stop words, which needs more, is left out.
+Needs none of the extra `data`. Chinese, Japanese and Korean are told by their script and English by its words, so that
+what comes out does not hang on what is installed.
 """
 
 import re
@@ -19,7 +19,7 @@ from dsv3.data.curation.evaluation_items import ItemFinder, items_of_file, write
 from dsv3.data.curation.kinds import CODE, MATHS, PROSE, kind_of
 from dsv3.data.curation.language import excerpt
 from dsv3.data.curation.personal import mask
-from dsv3.data.curation.quality import Judge
+from dsv3.data.curation.quality import STOP_WORDS, Judge
 from dsv3.data.curation.repair import repair
 from dsv3.data.curation.words import WordCounter
 from dsv3.data.document import Document, ReadingLog
@@ -33,12 +33,18 @@ SCRIPTS = (
 )
 """Japanese has Chinese signs too, and stands before it."""
 MIN_SCRIPT_SHARE = 0.15
+MIN_STOP_WORD_SHARE = 0.08
+"""Every sixth word of English prose is one of Gopher's eight."""
 
 
-def language_by_script(text: str) -> str:
-    """Return 'zh', 'ja' or 'ko' where the script says so; '' for all others."""
+def plain_language(text: str) -> str:
+    """Return 'zh', 'ja' or 'ko' where the script says so, 'en' where the words do; '' for all others."""
     seen = excerpt(text)
-    return next((name for name, sign in SCRIPTS if len(sign.findall(seen)) > MIN_SCRIPT_SHARE * len(seen)), "")
+    for name, sign in SCRIPTS:
+        if len(sign.findall(seen)) > MIN_SCRIPT_SHARE * len(seen):
+            return name
+    words = seen.lower().split()
+    return "en" if sum(word in STOP_WORDS for word in words) > MIN_STOP_WORD_SHARE * len(words) else ""
 
 
 class PlainRules:
@@ -75,7 +81,7 @@ class PlainRules:
         if not document.text.strip():
             self._drop("repair", document, reason="nothing is left", log=log)
             return None
-        language = "" if kind == CODE else language_by_script(document.text)
+        language = "" if kind == CODE else plain_language(document.text)
         kind = MATHS if kind == PROSE and has_maths(document.text) else kind
         for step, reason in self._reasons(document.text, kind=kind, language=language).items():
             if reason:
@@ -88,7 +94,7 @@ class PlainRules:
     def _cleaned(self, document: Document, *, kind: str, log: ReadingLog) -> Document:
         """Mend and mask."""
         text = repair(document.text, is_code=kind == CODE) if self.config.mend else document.text
-        if text != document.text:
+        if text.strip() != document.text.strip():  # Empty lines at its ends are no news.
             log.change(document.name, reason="mended")
             self._steps["repair"].noted["changed"] += 1
         if not text.strip():
@@ -136,6 +142,18 @@ class PlainRules:
     def note_copy(self, document: Document) -> None:
         """Count a document that is exactly an earlier one."""
         self._count_drop("copies", document, reason=EXACT)
+
+    @property
+    def not_applied(self) -> list[str]:
+        """Steps that let everything pass."""
+        config = self.config
+        applied = (
+            ("repair", config.mend),
+            ("mask", config.mask),
+            ("quality", config.judge),
+            ("decontaminate", bool(config.evaluations)),
+        )
+        return [step for step, is_applied in applied if not is_applied]
 
     def save(self, folder: Path) -> None:
         """Write the account of the source, for a preparation that goes on."""

@@ -15,7 +15,7 @@ Account = tuple[list[StepAccount], dict[str, dict[str, int]]]
 """Of one source: its steps, and bytes by language and domain, and documents by length."""
 
 
-def write_plain_card(corpus: PreparedCorpus, *, accounts: list[Account]) -> None:
+def write_plain_card(corpus: PreparedCorpus, *, accounts: list[Account], not_applied: list[str]) -> None:
     """Write the card of a corpus whose sources have these accounts. It holds no times."""
     steps = add_up((steps for steps, _ in accounts), keep=ReadingConfig().max_remarks)
     told: dict[str, Counter[str]] = {"languages": Counter(), "domains": Counter(), "lengths": Counter()}
@@ -26,6 +26,7 @@ def write_plain_card(corpus: PreparedCorpus, *, accounts: list[Account]) -> None
     copies = next(step for step in steps if step.name == "copies").dropped
     card = {
         "made_by": MADE_BY,
+        "not_applied": not_applied,
         "settings": {**corpus.settings, "recipe": "", "inputs": [_input(source) for source in corpus.sources]},
         "files": 0,
         "file_bytes": 0,

@@ -22,7 +22,7 @@ from dsv3.data.curation.quality import Judge
 from dsv3.data.curation.repair import repair
 from dsv3.data.curation.words import WordCounter
 
-MOST, LONGEST = 40, 20_000
+MOST, LONGEST = 40, 8_000
 """Texts of each set, from all places of it, and characters of each. docs/data.md has the shares of 400 whole ones."""
 
 

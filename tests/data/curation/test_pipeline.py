@@ -116,9 +116,15 @@ def names_of(output: Path) -> list[str]:
     return names
 
 
-@pytest.fixture
-def raw(tmp_path):
-    return write_corpus(tmp_path / "raw")
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("texts") / "raw")
+
+
+@pytest.fixture(scope="module")
+def prepared(raw, tmp_path_factory):
+    """The corpus of `raw`, which no test changes."""
+    return curate(config_of(raw), output=tmp_path_factory.mktemp("corpora") / "prepared")
 
 
 def test_copies_near_copies_and_junk_are_dropped_and_the_first_of_each_stays(raw, tmp_path):
@@ -140,10 +146,9 @@ def held_out_of(output: Path) -> list[str]:
     return [json.loads(line)["name"] for lines in files for line in lines]
 
 
-def test_the_token_stream_is_the_kept_documents_tokenised_in_order(raw, tmp_path):
-    output = curate(config_of(raw), output=tmp_path / "out")
-    corpus = load_prepared(output)
-    tokenizer = Tokenizer.from_file(output / "tokenizer")
+def test_the_token_stream_is_the_kept_documents_tokenised_in_order(raw, prepared):
+    corpus = load_prepared(prepared)
+    tokenizer = Tokenizer.from_file(prepared / "tokenizer")
     for source in corpus.sources:
         for file in shard_files(corpus.source_folder(source)):
             shard = Shard(file, vocab_size=corpus.vocab_size)
@@ -164,15 +169,14 @@ def names_in_order(folder: Path, *, vocab_size: int) -> bool:
     return names == sorted(names)
 
 
-def test_what_comes_out_does_not_hang_on_the_number_of_tasks(raw, tmp_path):
-    one = curate(replace(config_of(raw), tasks=1), output=tmp_path / "one")
-    many = curate(replace(config_of(raw), tasks=7), output=tmp_path / "many")
-    assert names_of(one) == names_of(many)
-    cards = [json.loads((output / "data_card.json").read_text()) for output in (one, many)]
+def test_what_comes_out_does_not_hang_on_the_number_of_tasks(raw, prepared, tmp_path):
+    many = curate(replace(config_of(raw), tasks=5), output=tmp_path / "many")
+    assert names_of(prepared) == names_of(many)
+    cards = [json.loads((output / "data_card.json").read_text()) for output in (prepared, many)]
     for card in cards:
         card["settings"]["tasks"] = 0
     assert cards[0] == cards[1]
-    assert (one / "tokenizer/tokenizer.json").read_bytes() == (many / "tokenizer/tokenizer.json").read_bytes()
+    assert (prepared / "tokenizer/tokenizer.json").read_bytes() == (many / "tokenizer/tokenizer.json").read_bytes()
 
 
 def test_earlier_inputs_win_and_copies_across_sources_are_found(raw, tmp_path):
@@ -203,13 +207,12 @@ def test_made_up_text_comes_in_with_its_provenance(tmp_path):
     assert [source.domain for source in load_prepared(output).sources] == ["synthetic"]
 
 
-def test_a_finished_corpus_stays_and_other_settings_are_refused(raw, tmp_path):
-    output = curate(config_of(raw), output=tmp_path / "out")
-    before = files_of(output)
-    curate(config_of(raw), output=output)
-    assert files_of(output) == before
+def test_a_finished_corpus_stays_and_other_settings_are_refused(raw, prepared):
+    before = files_of(prepared)
+    curate(config_of(raw), output=prepared)
+    assert files_of(prepared) == before
     with pytest.raises(ConfigError, match=r"other settings \(quality.min_words\)"):
-        curate(config_of(raw, quality=QualityConfig(min_words=3)), output=output)
+        curate(config_of(raw, quality=QualityConfig(min_words=3)), output=prepared)
 
 
 def test_nothing_left_says_where_it_went(tmp_path):
