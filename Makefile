@@ -63,7 +63,7 @@ quickstart: $(VENV)/user ## text to a model that talks, in minutes; run again to
 	@$(BIN)/dsv3 quickstart
 
 test: $(VENV)/dev ## run the test suite
-	@$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(VENV)/dev ## run the tests that take minutes
 	@$(BIN)/python -m pytest -q -m slow
