@@ -130,6 +130,7 @@ def test_the_run_folder_says_the_whole_recipe(run):
     assert written["optim"]["beta2"] == 0.95
 
 
+@pytest.mark.slow  # of a smaller run this is shown in tests/invariants/test_resume.py
 def test_a_run_stopped_and_taken_up_again_equals_one_left_alone(run, steps, config, tmp_path):
     """Catches: nanochat's "approximate" resume; a schedule, data position, moment, average or bias that starts anew.
     It is stopped within warm-up and ramp, and again in the cosine; weights and metrics are the same bit for bit."""

@@ -38,7 +38,7 @@ LAYOUTS = {
     "zero 2": (2, {"zero": True}, SLOW),
     "experts 2, zero 2": (4, {"expert": 2, "zero": True}, SLOW),
     "gpipe 2": (2, {"pipeline": 2, "schedule": "gpipe"}, SLOW),
-    "1f1b 2": (2, {"pipeline": 2, "schedule": "1f1b"}, ()),
+    "1f1b 2": (2, {"pipeline": 2, "schedule": "1f1b"}, SLOW),
     "interleaved 2": (2, {"pipeline": 2, "schedule": "interleaved"}, SLOW),
     "zb1p 2": (2, {"pipeline": 2, "schedule": "zb1p"}, SLOW),
     "zbv 2": (2, {"pipeline": 2, "schedule": "zbv"}, SLOW),
