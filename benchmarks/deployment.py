@@ -48,7 +48,6 @@ WORK = Path(__file__).parents[1] / "runs" / "deployment"
 PICTURE = Path(__file__).parent / "results" / "deployment.png"
 TEXT = "\n\n".join(topics.values())
 CACHE = ("--cache-tokens", "32768", "--queue-limit", "10000", "--queue-timeout", "600")
-KILL_EVERY_SECONDS = 6.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +56,16 @@ class Sizes:
 
     num_prompts: int
     soak_seconds: float
+    kill_every_seconds: float
+    """A worker that dies five times within a minute of its start is given up, as it should be."""
     load_seconds: float
     repeats: int
     rate: float
     """Requests a second of the mixed load."""
 
 
-WHOLE = Sizes(num_prompts=64, soak_seconds=180.0, load_seconds=60.0, repeats=3, rate=1.2)
-QUICK = Sizes(num_prompts=12, soak_seconds=20.0, load_seconds=12.0, repeats=1, rate=1.2)
+WHOLE = Sizes(num_prompts=64, soak_seconds=150.0, kill_every_seconds=15.0, load_seconds=60.0, repeats=3, rate=1.2)
+QUICK = Sizes(num_prompts=12, soak_seconds=20.0, kill_every_seconds=6.0, load_seconds=12.0, repeats=1, rate=1.2)
 
 
 def main() -> None:
@@ -78,7 +79,7 @@ def main() -> None:
         expected = asyncio.run(answers(url, prompts))
     with started_server(model, options=several) as url:
         apart = asyncio.run(answers(url, prompts))
-        soak = soak_with_kills(url, prompts, expected=expected, seconds=sizes.soak_seconds)
+        soak = soak_with_kills(url, prompts, expected=expected, sizes=sizes)
     same = sum(ours == theirs for ours, theirs in zip(apart, expected, strict=True))
     arms = mixed_load(model, sizes=sizes)
     show(arms)
@@ -193,11 +194,11 @@ class Soak:
     seconds: float = 0.0
 
 
-def soak_with_kills(url: str, prompts: Sequence[dict[str, object]], *, expected: Sequence[str], seconds: float) -> Soak:
+def soak_with_kills(url: str, prompts: Sequence[dict[str, object]], *, expected: Sequence[str], sizes: Sizes) -> Soak:
     """Ask again and again while workers are killed; compare every answer."""
     soak, began = Soak(), time.monotonic()
-    with killing(every_seconds=KILL_EVERY_SECONDS) as killed:
-        while time.monotonic() - began < seconds:
+    with killing(every_seconds=sizes.kill_every_seconds) as killed:
+        while time.monotonic() - began < sizes.soak_seconds:
             said = asyncio.run(answers(url, prompts))
             soak.num_asked += len(said)
             soak.num_same += sum(mine == theirs for mine, theirs in zip(said, expected, strict=True))
