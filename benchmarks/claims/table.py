@@ -44,6 +44,9 @@ HEADLINES = (
         told="reading a prompt of 512, tokens a second", file="inference", claim="prompt of 512, int8 (tokens a second"
     ),
     Headline(
+        told="scoring MMLU's questions, requests a CPU second", file="evaluation", claim="mmlu: requests a CPU second"
+    ),
+    Headline(
         told="GRPO until answers are worth 0.9, seconds", file="grpo", claim="seconds until answers are worth 0.9"
     ),
     Headline(
