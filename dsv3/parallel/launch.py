@@ -61,7 +61,7 @@ def open_ranks(
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
     # torchrun keeps its store over a restart (2.13), and with it the addresses of processes that are gone.
     store = dist.PrefixStore(f"attempt-{num_restarts()}", store)  # type: ignore[attr-defined]
-    dist.init_process_group(_backend(device), store=store, rank=rank, world_size=size, timeout=timeout)
+    _connect(_backend(device), store=store, rank=rank, size=size, timeout=timeout)
     try:
         yield Ranks(config, model=model, sequence_length=sequence_length)
     finally:
@@ -85,9 +85,7 @@ def open_group(
         store = _store_of(meeting, size=size)
         store.set(f"rank-{rank}", "is here")
         store.wait([f"rank-{one}" for one in range(size)], timedelta(seconds=begin_seconds))
-        dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_seconds)
-        )
+        _connect("gloo", store=store, rank=rank, size=size, timeout=timedelta(seconds=timeout_seconds))
     except RuntimeError as error:
         raise RankLostError(f"not all of the {size} ranks that share experts have come: {error}") from error
     try:
@@ -105,6 +103,13 @@ def open_meeting() -> Iterator[int]:
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     yield store.port
+
+
+def _connect(backend: str, *, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+    """Join the ranks, and return when all of them have: one that left before would break the joining of the others."""
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    store.set(f"rank-{rank}-connected", "")
+    store.wait([f"rank-{one}-connected" for one in range(size)], timeout)
 
 
 def _store_of(meeting: str, *, size: int) -> Any:

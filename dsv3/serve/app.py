@@ -222,9 +222,11 @@ def build_app(shared: Application) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        """Tell whether answers can be had: 200, or 503."""
-        alive = shared.engine.is_alive
-        return JSONResponse({"status": "ok" if alive else "the engine has ended"}, status_code=200 if alive else 503)
+        """Tell whether answers can be had now: 200, or 503 and why not."""
+        fault = "" if shared.engine.is_alive else "the engine has ended"
+        if not fault and (absent := shared.engine.absent):
+            fault = f"no {' and no '.join(absent)} worker is there; requests wait until one is"
+        return JSONResponse({"status": fault or "ok"}, status_code=503 if fault else 200)
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -138,6 +138,11 @@ class Deployment:
         return self._fleet.is_alive
 
     @property
+    def absent(self) -> list[str]:
+        """The kinds of which no worker is there just now, so that requests wait."""
+        return self._fleet.absent
+
+    @property
     def num_open(self) -> int:
         """Requests that have not ended."""
         return len(self._inboxes)

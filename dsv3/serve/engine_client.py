@@ -73,6 +73,11 @@ class EngineClient(Protocol):
         ...
 
     @property
+    def absent(self) -> list[str]:
+        """The kinds of workers of which none is there just now, so that requests wait until one is."""
+        ...
+
+    @property
     def is_stopping(self) -> bool:
         """Whether nothing more is answered, because the server was told to end."""
         ...
@@ -143,6 +148,11 @@ class OneEngine:
     def is_alive(self) -> bool:
         """Whether requests are answered."""
         return self._worker.is_alive
+
+    @property
+    def absent(self) -> list[str]:
+        """None: without its one engine the server ends."""
+        return []
 
     @property
     def num_open(self) -> int:

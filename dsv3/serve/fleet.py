@@ -175,6 +175,11 @@ class Fleet:
         return all(any(not slot.is_given_up for slot in self.of(kind)) for kind in Kind)
 
     @property
+    def absent(self) -> list[str]:
+        """The kinds of which no worker is there just now, so that requests wait."""
+        return [kind.value for kind in Kind if not any(slot.is_up for slot in self.of(kind))]
+
+    @property
     def workers(self) -> list[AnyWorker]:
         """All that there are just now."""
         return [slot.worker for slot in self.slots if slot.worker is not None]

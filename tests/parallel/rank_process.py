@@ -25,6 +25,7 @@ def run_rank(file: str, name: str, folder: Path, size: int, rank: int) -> None:
     if size > 1:
         store = f"file://{folder}/store"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+        dist.barrier()  # who ends before all have connected breaks the joining of the others
     arguments = pickle.loads((folder / "arguments.pickle").read_bytes())
     torch.save(getattr(module, name)(**arguments), folder / f"{rank}.pt")
     if size > 1:

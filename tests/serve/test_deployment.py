@@ -26,6 +26,8 @@ from dsv3.serve.joining import Machine
 from dsv3.serve.machines import RemoteWorker
 from dsv3.serve.messages import Ask, HandTo, Refused
 
+from .conftest import eventually
+
 SECRET = "known to all machines"
 ENGINE = EngineConfig(page_tokens=4, max_step_tokens=16, max_drafts=1, adaptive_drafts=False)
 
@@ -343,8 +345,9 @@ def test_a_server_with_both_kinds_answers_as_the_library_and_survives_its_worker
             if len(pieces) == 3:
                 for pid in server.engine_process():
                     os.kill(pid, signal.SIGKILL)
+                eventually(lambda: httpx.get(f"{server.url}/health").status_code == 503)
     assert "".join(pieces) == whole
     assert server.metric("dsv3_retries_total") >= 1
-    assert httpx.get(f"{server.url}/health").status_code == 200
+    eventually(lambda: httpx.get(f"{server.url}/health").json() == {"status": "ok"})
     server.signal(signal.SIGTERM)
     assert server.ended() == 0

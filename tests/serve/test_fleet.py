@@ -87,6 +87,7 @@ def test_a_group_is_told_where_to_meet_and_is_up_as_a_whole(fleet):
         readers, decoders = fleet.of(Kind.PREFILL), fleet.of(Kind.DECODE)
         decoders[1].worker.is_alive = False
         assert [slot.is_up for slot in [*readers, *decoders]] == [True, True, False, False]
+        assert (fleet.is_alive, fleet.absent) == (True, ["decode"])
         readers[1].group.wake()
         readers[0].group.wake()
         assert [slot.worker.said for slot in readers] == [[Wake(1), Wake(2)]] * 2
