@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import save_file
 
 from dsv3.checkpoint.names import published_layout
-from dsv3.checkpoint.reader import PublishedReader, is_published_folder
+from dsv3.checkpoint.published_folder import is_published_folder
+from dsv3.checkpoint.reader import PublishedReader
 from dsv3.errors import CheckpointError, ConfigError
 from dsv3.fp8.quantise import BLOCKS, dequantise, quantise
 

@@ -17,15 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import dsv3.checkpoint.snapshot as snapshot_file
-from dsv3.checkpoint.snapshot import (
-    OpenSnapshot,
-    Saving,
-    latest_snapshot,
-    piece_name,
-    read_snapshot,
-    save_snapshot,
-    verify_snapshot,
-)
+from dsv3.checkpoint.snapshot import OpenSnapshot, Saving, piece_name, read_snapshot, save_snapshot
+from dsv3.checkpoint.snapshot_folder import latest_snapshot, verify_snapshot
 from dsv3.config import SnapshotConfig
 from dsv3.errors import SnapshotError
 from dsv3.parallel.ranks import Alone

@@ -15,11 +15,12 @@ from dsv3.checkpoint.names import published_layout
 from dsv3.config import EngineConfig
 from dsv3.errors import ConfigError
 from dsv3.infer.engine import Engine
+from dsv3.infer.events import FinishReason
 from dsv3.infer.packed_model import pack_from_state
 from dsv3.infer.packed_runner import PackedRunner
-from dsv3.infer.request import FinishReason, Request
+from dsv3.infer.params import SamplingParams
+from dsv3.infer.request import Request
 from dsv3.infer.runner import States, TorchRunner
-from dsv3.infer.sampler import SamplingParams
 from dsv3.model.transformer import Transformer
 
 from .conftest import TINY

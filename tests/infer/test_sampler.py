@@ -12,14 +12,8 @@ from hypothesis import strategies as st
 
 from dsv3.errors import CheckpointError, ConfigError
 from dsv3.infer import sampler as sampling
-from dsv3.infer.sampler import (
-    SamplingParams,
-    TokenSampler,
-    draw_freely,
-    likely_tokens,
-    next_probabilities,
-    waiting_times,
-)
+from dsv3.infer.params import SamplingParams
+from dsv3.infer.sampler import TokenSampler, draw_freely, likely_tokens, next_probabilities, waiting_times
 
 logit_lists = st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=12)
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dsv3.errors import ConfigError
-from dsv3.runtime.device import available_cores, choose_device, choose_dtype, set_threads
+from dsv3.runtime.cores import available_cores
+from dsv3.runtime.device import choose_device, choose_dtype, set_threads
 
 
 @pytest.fixture
