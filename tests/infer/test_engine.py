@@ -5,6 +5,7 @@ import random
 from dataclasses import replace
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -234,7 +235,7 @@ class Counting:
         return self.state[-1] >= 50
 
     def allowed(self, *, vocab_size):
-        mask = torch.zeros(vocab_size, dtype=torch.bool)
+        mask = np.zeros(vocab_size, dtype=np.bool_)
         if self.finished:
             mask[EOS] = True
         else:
