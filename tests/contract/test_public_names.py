@@ -96,5 +96,6 @@ def test_importing_the_command_line_loads_no_torch():
 
 
 def test_importing_the_server_and_what_joins_it_loads_no_torch():
+    pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
     done = run_python("import sys, dsv3.serve.server, dsv3.serve.joining; print('torch' in sys.modules)")
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "False", "")
