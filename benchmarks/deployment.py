@@ -33,11 +33,12 @@ from claims.record import Claim, arguments, report
 from rich.console import Console
 from rich.table import Table
 
-from dsv3.checkpoint.published import is_published_folder, save_published
+from dsv3.checkpoint.published import save_published
+from dsv3.checkpoint.published_folder import is_published_folder
 from dsv3.config import ModelConfig
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.model.transformer import Transformer
-from dsv3.runtime.device import available_cores
+from dsv3.runtime.cores import available_cores
 from dsv3.serve.load.drive import run_load
 from dsv3.serve.load.lengths import Lengths
 from dsv3.serve.load.measure import LoadSummary, Outcome, summarise

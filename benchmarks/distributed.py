@@ -27,7 +27,7 @@ from statistics import median
 
 from claims.record import Claim, arguments, report
 
-from dsv3.runtime.device import available_cores
+from dsv3.runtime.cores import available_cores
 
 HERE = Path(__file__).parent
 ROUNDS, QUICK_ROUNDS = 3, 1

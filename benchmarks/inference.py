@@ -34,7 +34,7 @@ from rich.table import Table
 
 from dsv3.infer.packed_loading import load_packed
 from dsv3.plan.counts import count_parameters
-from dsv3.runtime.device import available_cores
+from dsv3.runtime.cores import available_cores
 
 WORK = Path(__file__).parents[1] / "runs" / "inference"
 """Files of weights, 15 GB in all; they stay, so that the next run finds them."""

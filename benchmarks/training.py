@@ -44,7 +44,7 @@ from training_peers.sizes import SIZES, TOKENS, Size
 from training_peers.timings import Timings
 
 from dsv3.plan.counts import mtp_training_flops_per_token, training_flops_per_token
-from dsv3.runtime.device import available_cores
+from dsv3.runtime.cores import available_cores
 
 PEERS = (EAGER_EXPERTS, GROUPED, COMPILED, TORCHTITAN)
 TRANSFORMERS = (EAGER_EXPERTS, GROUPED, COMPILED)

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from dsv3.checkpoint.gguf import convert_gguf
-from dsv3.checkpoint.published import is_published_folder, save_published
+from dsv3.checkpoint.published import save_published
+from dsv3.checkpoint.published_folder import is_published_folder
 from dsv3.config import ModelConfig
 from dsv3.model.transformer import Transformer
 

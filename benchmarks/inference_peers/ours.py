@@ -11,8 +11,8 @@ from dsv3.config import EngineConfig
 from dsv3.infer.engine import Engine
 from dsv3.infer.packed_loading import load_packed
 from dsv3.infer.packed_runner import PackedRunner
+from dsv3.infer.params import SamplingParams
 from dsv3.infer.request import Request
-from dsv3.infer.sampler import SamplingParams
 
 
 class OurSystem:

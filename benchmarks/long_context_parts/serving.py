@@ -18,8 +18,8 @@ from dsv3.checkpoint.published import save_published
 from dsv3.config import EngineConfig, ModelConfig, YarnConfig
 from dsv3.infer.engine import Engine
 from dsv3.infer.loaded import load
+from dsv3.infer.params import SamplingParams
 from dsv3.infer.request import Request
-from dsv3.infer.sampler import SamplingParams
 from dsv3.model.transformer import Transformer
 from dsv3.recipes import tiny
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dsv3.checkpoint.names import BLOCK, PublishedTensor, scale_name
-from dsv3.checkpoint.reader import PublishedReader, is_published_folder, open_published
+from dsv3.checkpoint.reader import PublishedReader, open_published
 from dsv3.checkpoint.writer import FP8, quantise_finite, write_published
 from dsv3.config import ModelConfig
 from dsv3.config.files import read_json
@@ -22,7 +22,7 @@ from dsv3.model.transformer import Transformer
 from dsv3.runtime.device import choose_dtype
 from dsv3.runtime.log import get_logger
 
-__all__ = ["assemble", "convert_published", "is_published_folder", "load_published", "save_published"]
+__all__ = ["assemble", "convert_published", "load_published", "save_published"]
 
 MAX_SHARD_BYTES = 5_000_000_000
 """Five gigabytes a file, the size of most published checkpoints."""

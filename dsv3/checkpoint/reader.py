@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dsv3.checkpoint.names import PublishedTensor, published_layout, scale_name, scale_shape
+from dsv3.checkpoint.published_folder import INDEX_FILE, SINGLE_FILE
 from dsv3.config import ModelConfig
 from dsv3.config.files import read_json
 from dsv3.config.published import Fp8Blocks, model_config_from_published, quantisation_from_published
@@ -21,8 +22,6 @@ from dsv3.errors import CheckpointError, ConfigError
 from dsv3.fp8.quantise import Quantised, dequantise
 from dsv3.runtime.log import get_logger
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 PLAIN_TYPES = {"F64", "F32", "F16", "BF16"}
 FP8_TYPE = "F8_E4M3"
 SCALE_TYPES = {"F32", "BF16", "F16", "F8_E8M0"}
@@ -149,15 +148,6 @@ def open_published(folder: Path) -> PublishedReader:
     for note in reader.notes:
         get_logger(__name__).warning("%s: %s", folder, note)
     return reader
-
-
-def is_published_folder(folder: Path) -> bool:
-    """Whether the folder has safetensors weights and a `config.json` with a model type, so that it can be opened."""
-    try:
-        values = read_json(folder / "config.json")
-    except ConfigError:
-        return False
-    return "model_type" in values and any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

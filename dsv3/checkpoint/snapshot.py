@@ -12,9 +12,7 @@ out and the snapshot before it is used. Why not torch.distributed.checkpoint: do
 """
 
 import errno
-import hashlib
 import json
-import logging
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -28,18 +26,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dsv3.checkpoint.snapshot_folder import (
+    FORMAT,
+    read_manifest,
+    sha256_of,
+    snapshots_in,
+    step_of,
+    verify_snapshot,
+)
 from dsv3.config import SnapshotConfig
 from dsv3.errors import SnapshotError
 from dsv3.parallel.ranks import Alone
 from dsv3.runtime.atomic import force_to_disk
 
-FORMAT = 1
-NAME = re.compile(r"step-(\d{6,})")
 RANK_FILE = re.compile(r"-\d{5,}$")
 PIECE = re.compile(r"(?P<name>.*)\[(?P<first>\d+):\d+\]")
 DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-logger = logging.getLogger(__name__)
 
 
 def save_snapshot(
@@ -173,31 +175,6 @@ class Saving:
         return [one for one, _ in told]
 
 
-def latest_snapshot(folder: Path) -> Path | None:
-    """Return the newest snapshot that is whole, checked byte for byte; None if there is no snapshot at all.
-
-    A damaged one is passed over with a warning that says what is wrong with it.
-
-    Raises:
-        SnapshotError: there are snapshots and all of them are damaged. To start over would overwrite the run.
-    """
-    damaged = []
-    for path in reversed(_snapshots(folder)):
-        try:
-            verify_snapshot(path)
-        except SnapshotError as error:
-            damaged.append(str(error))
-            logger.warning("%s; going back to the snapshot before it", error)
-        else:
-            return path
-    if damaged:
-        raise SnapshotError(
-            f"no snapshot in {folder} can be used: {'; '.join(damaged)}. Restore one from a copy, or use a new run "
-            "folder to start over"
-        )
-    return None
-
-
 def read_snapshot(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Return the groups of named tensors and the state of one snapshot, after checking every byte of it.
 
@@ -225,7 +202,7 @@ class OpenSnapshot:
         self._pieces: dict[str, dict[str, list[_Piece]]] = {}
         try:
             self.state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            for name in _read_manifest(path):
+            for name in read_manifest(path):
                 if name.endswith(".safetensors"):
                     self._look_into(path / name)
         except (OSError, SafetensorError, ValueError) as error:
@@ -294,52 +271,10 @@ def piece_name(name: str, *, first: int, end: int) -> str:
     return f"{name}[{first}:{end}]"
 
 
-def verify_snapshot(path: Path) -> list[str]:
-    """Return the names of the snapshot's files, all of which have the size and SHA-256 of its manifest.
-
-    Raises:
-        SnapshotError: they have not; names the first that is wrong, and how.
-    """
-    manifest = _read_manifest(path)
-    for name, expected in manifest.items():
-        file = path / name
-        if not file.is_file():
-            raise SnapshotError(f"the snapshot {path} is damaged: {name} is missing")
-        size = file.stat().st_size
-        if size != expected["bytes"]:
-            raise SnapshotError(
-                f"the snapshot {path} is damaged: {name} has {size:,} bytes and was written with {expected['bytes']:,}"
-            )
-        if _digest(file) != expected["sha256"]:
-            raise SnapshotError(f"the snapshot {path} is damaged: the bytes of {name} are not those that were written")
-    return list(manifest)
-
-
-def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        files = {
-            name: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for name, entry in manifest["files"].items()
-        }
-        found = manifest["format"]
-    except FileNotFoundError as error:
-        raise SnapshotError(f"{path} is not a whole snapshot: it has no manifest.json") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SnapshotError(f"the snapshot {path} is damaged: its manifest.json cannot be read ({error!r})") from error
-    if found != FORMAT:
-        raise SnapshotError(
-            f"the snapshot {path} has format {found}; this version of dsv3 reads format {FORMAT}: use the version "
-            "that wrote it"
-        )
-    if "state.json" not in files:
-        raise SnapshotError(f"the snapshot {path} is damaged: its manifest does not name state.json")
-    return files
-
-
 def _entry(path: Path) -> dict[str, Any]:
     """Force a file to the disk, and return what the manifest says of it."""
     force_to_disk(path)
-    return {"bytes": path.stat().st_size, "sha256": _digest(path)}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _rename(partial: Path, *, target: Path) -> None:
@@ -353,9 +288,9 @@ def _rename(partial: Path, *, target: Path) -> None:
 
 
 def _retain(folder: Path, *, newest: int, policy: SnapshotConfig) -> None:
-    kept = [path for path in _snapshots(folder) if _step(path) <= newest]
+    kept = [path for path in snapshots_in(folder) if step_of(path) <= newest]
     for path in kept[: -policy.keep_last]:
-        if policy.keep_every_steps and _step(path) % policy.keep_every_steps == 0:
+        if policy.keep_every_steps and step_of(path) % policy.keep_every_steps == 0:
             continue
         # First out of the way by a rename: a kill while files are being deleted must not leave half a snapshot.
         doomed = path.with_name(f".{path.name}.removed.partial")
@@ -377,7 +312,7 @@ def _require_space(folder: Path, *, needed: int) -> None:
 
 
 def _explain(error: Exception, *, folder: Path, name: str) -> SnapshotError:
-    good = [path.name for path in _snapshots(folder) if path.name != name]
+    good = [path.name for path in snapshots_in(folder) if path.name != name]
     stays = f"the last good one, {good[-1]}, is untouched" if good else "there was none before it"
     full = isinstance(error, OSError) and error.errno in DISK_IS_FULL
     if full or any(f"os error {code}" in str(error) for code in DISK_IS_FULL):
@@ -392,20 +327,5 @@ def _explain(error: Exception, *, folder: Path, name: str) -> SnapshotError:
     )
 
 
-def _snapshots(folder: Path) -> list[Path]:
-    """Return the finished snapshots, oldest first."""
-    found = [path for path in folder.iterdir() if NAME.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, key=_step)
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
 def _write_text(path: Path, *, text: str) -> None:
     path.write_text(text + "\n", encoding="utf-8")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

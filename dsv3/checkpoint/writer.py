@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsv3.checkpoint.names import BLOCK, PublishedTensor, published_layout, scale_name, scale_shape
-from dsv3.checkpoint.reader import INDEX_FILE
+from dsv3.checkpoint.published_folder import INDEX_FILE
 from dsv3.config import ModelConfig
 from dsv3.config.published import notes_for_peers, published_from_model_config
 from dsv3.errors import CheckpointError, ConfigError, TokenizerError

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from dsv3.config import EngineConfig
 from dsv3.errors import ConfigError, DataError, EngineError
+from dsv3.infer.events import FinishReason
 from dsv3.infer.loaded import LoadedModel
-from dsv3.infer.request import FinishReason, Request
-from dsv3.infer.sampler import SamplingParams
+from dsv3.infer.params import SamplingParams
+from dsv3.infer.request import Request
 
 PROMPT_TOKENS, ANSWER_TOKENS = 32, 64
 AT_ONCE = 16

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsv3.checkpoint.snapshot import latest_snapshot
+from dsv3.checkpoint.snapshot_folder import latest_snapshot
 from dsv3.config import PretrainConfig
 from dsv3.data.loader import RowLoader
 from dsv3.data.prepared import PreparedCorpus

@@ -15,8 +15,8 @@ from dsv3.config import EngineConfig
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import ConfigError
 from dsv3.infer.loaded import LoadedModel
+from dsv3.infer.params import SamplingParams
 from dsv3.infer.request import Request
-from dsv3.infer.sampler import SamplingParams
 
 GRID = 15
 """Lengths, and depths, as in the report."""

@@ -11,7 +11,7 @@ from dsv3.errors import ConfigError, DataError
 from dsv3.evals.answerer import Continuation
 from dsv3.evals.token_scores import TOKENS_AT_ONCE, ScoredText, TextScore, score_texts
 from dsv3.infer.loaded import LoadedModel
-from dsv3.infer.sampler import SamplingParams
+from dsv3.infer.params import SamplingParams
 from dsv3.infer.text import TextStream
 
 TEXTS_AT_ONCE = 4096

@@ -2,8 +2,8 @@
 
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 from jaxtyping import Bool
-from torch import Tensor
 
 
 @runtime_checkable
@@ -15,7 +15,7 @@ class Constraint(Protocol):
         """Whether the text is complete and nothing but the end token may follow."""
         ...
 
-    def allowed(self, *, vocab_size: int) -> Bool[Tensor, " vocab"]:
+    def allowed(self, *, vocab_size: int) -> Bool[np.ndarray, " vocab"]:
         """Return which of `vocab_size` tokens may come next, the end token among them where the text may end."""
         ...
 

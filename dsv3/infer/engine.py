@@ -19,8 +19,9 @@ from torch import Tensor
 from dsv3.batch import TokenBatch
 from dsv3.config import EngineConfig
 from dsv3.errors import CheckpointError, ConfigError, Dsv3Error, RankLostError
+from dsv3.infer.events import EngineStats, FinishReason, TokenEvent, TokenLogprob
 from dsv3.infer.handover import Handover, MtpHandover, PageSink
-from dsv3.infer.request import EngineStats, FinishReason, Request, TokenEvent, TokenLogprob
+from dsv3.infer.request import Request
 from dsv3.infer.runner import Runner
 from dsv3.infer.sampler import NOT_NUMBERS, TokenSampler, draw_freely
 from dsv3.infer.scheduler import Scheduler, Work
@@ -306,7 +307,7 @@ class Engine:
             part = slice(begin, begin + len(mine))
             begin += len(mine)
             if states.experts is not None and work.sequence.request.with_experts:
-                work.sequence.keep_experts(states.experts[first:end].to(torch.int16))
+                work.sequence.keep_experts(states.experts[first:end].to(torch.int16).numpy())
             self._take(outcome, logits=logits[part], offers=offers[part])
             if outcome.finish_reason in (None, FinishReason.HANDED_OVER) and self._drafter.num_modules:
                 standing = min(work.first + work.num_tokens, len(work.sequence.tokens) - 1) - work.first

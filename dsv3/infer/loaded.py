@@ -25,8 +25,8 @@ from dsv3.infer.packed_loading import load_packed
 from dsv3.infer.packed_model import PackedModel, pack_from_state
 from dsv3.infer.packed_runner import PackedRunner
 from dsv3.infer.packed_weights import FORMATS
+from dsv3.infer.params import SamplingParams
 from dsv3.infer.runner import Runner, TorchRunner
-from dsv3.infer.sampler import SamplingParams
 from dsv3.infer.stream import TokenStreams
 from dsv3.infer.text import TextStream
 from dsv3.model.transformer import Transformer

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv3.checkpoint.reader import INDEX_FILE, SINGLE_FILE, is_published_folder
-from dsv3.checkpoint.snapshot import latest_snapshot
+from dsv3.checkpoint.published_folder import INDEX_FILE, SINGLE_FILE, is_published_folder
+from dsv3.checkpoint.snapshot_folder import latest_snapshot
 from dsv3.config.files import read_json
 from dsv3.errors import CheckpointError, ConfigError
 

@@ -24,8 +24,8 @@ from dsv3.config import ExpertRanksConfig, ModelConfig
 from dsv3.errors import ConfigError, RankLostError
 from dsv3.fp8.formats import is_fp8
 from dsv3.infer.engine import Engine
+from dsv3.infer.events import ExpertStats, TokenEvent
 from dsv3.infer.rebalancing import Balancer
-from dsv3.infer.request import ExpertStats, TokenEvent
 from dsv3.infer.rounds import NOTHING, Round, Wish, meet
 from dsv3.infer.runner import States, TorchRunner
 from dsv3.model.block import MoeBlock

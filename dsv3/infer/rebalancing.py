@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsv3.infer.request import ExpertStats
+from dsv3.infer.events import ExpertStats
 from dsv3.model.moe import Experts
 from dsv3.parallel.slots import LayerSlots
 from dsv3.plan.moves import Move, moves_between

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass, field
 
-import torch
+import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsv3.errors import ConfigError
+from dsv3.infer.events import TokenLogprob
 from dsv3.infer.pages import Key
-from dsv3.infer.request import Request, TokenLogprob
+from dsv3.infer.request import Request
 from dsv3.infer.sampler import TokenSampler
 
 
@@ -52,7 +53,7 @@ class Sequence:
     """Tokens found in the cache when the request was first read."""
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     has_reported: bool = False
-    experts: list[Int[Tensor, "token layer chosen"]] = field(default_factory=list)
+    experts: list[Int[np.ndarray, "token layer chosen"]] = field(default_factory=list)
     """Where its tokens went, piece after piece, if that was asked; the first `num_computed` stand."""
 
     @property
@@ -92,7 +93,7 @@ class Sequence:
         self.pages, self.drafts, self.mtp, self.prompt_logprobs, self.experts = [], [], [], [], []
         self.num_computed = self.num_registered = 0
 
-    def keep_experts(self, piece: Int[Tensor, "token layer chosen"]) -> None:
+    def keep_experts(self, piece: Int[np.ndarray, "token layer chosen"]) -> None:
         """Take note of where the tokens of a pass went, before any of them counts; of drafts as of others."""
         while (ahead := sum(map(len, self.experts)) - self.num_computed) > 0:  # drafts of the last pass that were wrong
             last = self.experts.pop()
@@ -100,9 +101,9 @@ class Sequence:
                 self.experts.append(last[: len(last) - ahead])
         self.experts.append(piece)
 
-    def experts_of_tokens(self) -> Int[Tensor, "token layer chosen"] | None:
+    def experts_of_tokens(self) -> Int[np.ndarray, "token layer chosen"] | None:
         """Return where the tokens went that have been computed; None if that was not asked, or nothing was."""
-        return torch.cat(self.experts)[: self.num_computed] if self.experts else None
+        return np.concatenate(self.experts)[: self.num_computed] if self.experts else None
 
     def past_of(self, module: int, *, first: int) -> MtpPast:
         """Return how far an MTP module has come; one that has not begun begins at position `first`."""

@@ -8,8 +8,9 @@ from itertools import count
 
 from dsv3.errors import EngineError
 from dsv3.infer.engine import Engine
-from dsv3.infer.request import FinishReason, Request, TokenEvent
-from dsv3.infer.sampler import SamplingParams
+from dsv3.infer.events import FinishReason, TokenEvent
+from dsv3.infer.params import SamplingParams
+from dsv3.infer.request import Request
 
 
 class TokenStreams:

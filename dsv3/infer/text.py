@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from dsv3.data.tokenizer import Tokenizer
-from dsv3.infer.request import FinishReason
+from dsv3.infer.events import FinishReason
 from dsv3.infer.stop import StopStrings
 from dsv3.infer.stream import TokenStream
 from dsv3.runtime.log import get_logger

@@ -38,7 +38,8 @@ from dsv3.posttrain.rewards import Reward, rewards_named
 from dsv3.posttrain.rollout import Answer, draw_answers, runner_for
 from dsv3.posttrain.sft import data_hash
 from dsv3.posttrain.tasks import Task, task_named
-from dsv3.runtime.device import available_cores, set_threads
+from dsv3.runtime.cores import available_cores
+from dsv3.runtime.device import set_threads
 from dsv3.train.step import StepMetrics, train_step
 from dsv3.train.stop import stop_on_signals
 

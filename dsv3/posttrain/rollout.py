@@ -4,6 +4,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -14,11 +15,12 @@ from dsv3.data.chat_template import render_chat
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import ConfigError, TrainingError
 from dsv3.infer.engine import Engine
+from dsv3.infer.events import FinishReason
 from dsv3.infer.packed_model import pack_from_state
 from dsv3.infer.packed_runner import PackedRunner
-from dsv3.infer.request import FinishReason, Request
+from dsv3.infer.params import SamplingParams
+from dsv3.infer.request import Request
 from dsv3.infer.runner import Runner, TorchRunner
-from dsv3.infer.sampler import SamplingParams
 from dsv3.model.transformer import Transformer
 from dsv3.native import engine as native_engine
 from dsv3.posttrain.problem import Problem
@@ -129,7 +131,8 @@ def draw_answers(
             ids.setdefault(event.id, []).extend(event.tokens)
             logprobs.setdefault(event.id, []).extend(one.logprob for one in event.logprobs)
             if event.finish_reason is not None:
-                ended[event.id], experts[event.id] = event.finish_reason, event.experts
+                ended[event.id] = event.finish_reason
+                experts[event.id] = None if event.experts is None else torch.from_numpy(event.experts)
             if event.finish_reason is FinishReason.END_OF_TEXT:
                 ids[event.id].append(tokenizer.eos_id)
                 if event.end is not None:

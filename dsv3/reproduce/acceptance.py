@@ -11,8 +11,8 @@ from dsv3.evals.acceptance import PROMPT_TOKENS, Acceptance, draft_acceptance
 from dsv3.evals.evaluation import held_out_text
 from dsv3.infer.engine import Engine
 from dsv3.infer.loaded import LoadedModel, load
+from dsv3.infer.params import SamplingParams
 from dsv3.infer.request import Request
-from dsv3.infer.sampler import SamplingParams
 from dsv3.report.bars import Group, draw_bars
 from dsv3.reproduce import mtp
 from dsv3.reproduce.arms import settings_of, train_arms

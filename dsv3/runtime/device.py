@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from dsv3.errors import ConfigError
+from dsv3.runtime.cores import available_cores
 from dsv3.runtime.log import say_once
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -58,13 +59,6 @@ def set_threads(count: int) -> int:
     used = count or available_cores()
     torch.set_num_threads(used)
     return used
-
-
-def available_cores() -> int:
-    """Return how many cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1  # macOS cannot be asked for less than the whole machine
 
 
 def available_memory(device: torch.device) -> int:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from dsv3.data.tokenizer import Tokenizer
-from dsv3.infer.request import FinishReason, TokenEvent, TokenLogprob
+from dsv3.infer.events import FinishReason, TokenEvent, TokenLogprob
 from dsv3.infer.stop import StopStrings
 from dsv3.serve.reasoning import ReasoningSplitter
 from dsv3.serve.tool_calls import ToolCallDelta, ToolCallParser

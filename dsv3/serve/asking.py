@@ -8,7 +8,7 @@ from typing import Any
 from dsv3.data.chat_template import render_template
 from dsv3.data.special_tokens import THINK_BEGIN
 from dsv3.data.tokenizer import Tokenizer
-from dsv3.infer.sampler import SamplingParams
+from dsv3.infer.params import SamplingParams
 from dsv3.serve.errors import ApiError
 from dsv3.serve.grammar import GrammarSpec
 from dsv3.serve.protocol import ChatBody, CompletionBody, NamedTool, Sampling

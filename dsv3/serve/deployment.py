@@ -19,9 +19,9 @@ import msgspec
 
 from dsv3.config import ServerConfig
 from dsv3.errors import EngineError
+from dsv3.infer.events import EngineStats, FinishReason, TokenEvent
 from dsv3.infer.pages import Key, page_keys
-from dsv3.infer.request import EngineStats, FinishReason, TokenEvent
-from dsv3.runtime.device import available_cores
+from dsv3.runtime.cores import available_cores
 from dsv3.runtime.log import get_logger
 from dsv3.serve.engine_client import GONE, STOPPING, Member, Transfers
 from dsv3.serve.fleet import WATCH_SECONDS, Fleet, Kind, Slot, ThisMachine

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from dsv3.config import ServerConfig
 from dsv3.errors import EngineError
-from dsv3.infer.request import EngineStats
+from dsv3.infer.events import EngineStats
 from dsv3.serve.inboxes import Inbox, Inboxes
 from dsv3.serve.messages import Ask, Cancel, Check, Checked, FromEngine, ProcessSettings, Progress, Ready, Refused
 from dsv3.serve.worker import AnyWorker, Worker

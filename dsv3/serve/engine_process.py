@@ -23,10 +23,11 @@ from torch.distributed import ProcessGroup
 from dsv3.config import ServerConfig
 from dsv3.errors import Dsv3Error, RankLostError
 from dsv3.infer.engine import Engine
+from dsv3.infer.events import EngineStats, TokenEvent
 from dsv3.infer.loaded import load
 from dsv3.infer.packed_runner import PackedRunner
 from dsv3.infer.ranks_runner import RanksRunner, step_together
-from dsv3.infer.request import EngineStats, Request, TokenEvent
+from dsv3.infer.request import Request
 from dsv3.parallel.launch import open_group
 from dsv3.runtime.device import set_threads
 from dsv3.runtime.log import get_logger, show_log

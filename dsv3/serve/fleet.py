@@ -16,7 +16,7 @@ from typing import Protocol
 import msgspec
 
 from dsv3.errors import ConfigError
-from dsv3.infer.request import EngineStats
+from dsv3.infer.events import EngineStats
 from dsv3.runtime.log import get_logger
 from dsv3.serve.messages import FromEngine, ProcessSettings, RankPlace, ToEngine, Wake
 from dsv3.serve.placing import KnownPrefixes, Pace

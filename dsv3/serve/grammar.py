@@ -15,9 +15,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 import numpy as np
-import torch
 from jaxtyping import Bool
-from torch import Tensor
 
 from dsv3.data.special_tokens import EOS, THINK_BEGIN, THINK_END
 from dsv3.data.tokenizer import Tokenizer
@@ -153,7 +151,7 @@ class GrammarConstraint:
         """Whether the text is complete and nothing but the end token may follow."""
         return self._ended or (self._matcher.is_stopped() and self._matcher.is_accepting())
 
-    def allowed(self, *, vocab_size: int) -> Bool[Tensor, " vocab"]:
+    def allowed(self, *, vocab_size: int) -> Bool[np.ndarray, " vocab"]:
         """Return which of `vocab_size` tokens may come next, the end token among them where the text may end.
 
         At least one may: after the end token, that token again. Where the text is forced, the one token is allowed
@@ -163,7 +161,7 @@ class GrammarConstraint:
             ConfigError: the grammar became too large to follow, or has come to where no text can go on.
         """
         if self._ended:
-            mask = torch.zeros(vocab_size, dtype=torch.bool)
+            mask = np.zeros(vocab_size, dtype=np.bool_)
             mask[self._eos_id] = True
             return mask
         bits = self._matcher.compute_bitmask()
@@ -175,7 +173,7 @@ class GrammarConstraint:
             raise ConfigError("the grammar has no way to go on from this text, nor to end it; check its rules")
         # Rows of the model beyond the tokenizer's ids are zeros, which `count` appends.
         unpacked = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), bitorder="little", count=vocab_size)
-        return torch.from_numpy(unpacked.view(np.bool_))
+        return unpacked.view(np.bool_)
 
     def advance(self, token: int) -> bool:
         """Take one token; False, and no move, if the grammar does not allow it.
@@ -240,12 +238,14 @@ class ReasoningFirst:
         """Whether the answer is complete and nothing but the end token may follow."""
         return self._answering and self._constraint.finished
 
-    def allowed(self, *, vocab_size: int) -> Bool[Tensor, " vocab"]:
+    def allowed(self, *, vocab_size: int) -> Bool[np.ndarray, " vocab"]:
         """Return which of `vocab_size` tokens may come next."""
         if self._answering:
             return self._constraint.allowed(vocab_size=vocab_size)
         known = self._tokens.allowed(self._places[-1])[:vocab_size]
-        return torch.nn.functional.pad(known, (0, vocab_size - len(known)))
+        mask = np.zeros(vocab_size, dtype=np.bool_)
+        mask[: len(known)] = known
+        return mask
 
     def advance(self, token: int) -> bool:
         """Take one token; False, and no move, if it is not allowed here."""
@@ -290,16 +290,16 @@ class _ThinkingTokens:
         self._bytes_of = tokenizer.token_bytes
         special = tokenizer.added_tokens
         pieces = [b"" if token in special else tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
-        self._ordinary = torch.tensor([bool(piece) for piece in pieces])
+        self._ordinary = np.array([bool(piece) for piece in pieces])
         self._parts_of_opening = [
             token for token, piece in enumerate(pieces) if piece and piece in THINK_BEGIN.encode()
         ]  # fmt: skip
         # Only a token with a ">" before its own end can run past the end of a tag.
         self._risky = [token for token, piece in enumerate(pieces) if b">" in piece[:-1]]
         self._tag_tokens = {spelling: token for token, spelling in special.items()}
-        self._masks: dict[_Place, Bool[Tensor, " vocab"]] = {}
+        self._masks: dict[_Place, Bool[np.ndarray, " vocab"]] = {}
 
-    def allowed(self, place: _Place) -> Bool[Tensor, " vocab"]:
+    def allowed(self, place: _Place) -> Bool[np.ndarray, " vocab"]:
         """Return the mask for a place, which is not to be changed."""
         if place not in self._masks:
             self._masks[place] = self._opening(place) if place.tag == THINK_BEGIN else self._closing(place)
@@ -312,16 +312,16 @@ class _ThinkingTokens:
             return _Place(THINK_END, 0)
         return _Place(place.tag, matched)
 
-    def _opening(self, place: _Place) -> Bool[Tensor, " vocab"]:
-        mask = torch.zeros_like(self._ordinary)
+    def _opening(self, place: _Place) -> Bool[np.ndarray, " vocab"]:
+        mask = np.zeros_like(self._ordinary)
         rest = THINK_BEGIN.encode()[place.matched :]
         mask[[token for token in self._parts_of_opening if rest.startswith(self._bytes_of(token))]] = True
         if place.matched == 0 and THINK_BEGIN in self._tag_tokens:
             mask[self._tag_tokens[THINK_BEGIN]] = True
         return mask
 
-    def _closing(self, place: _Place) -> Bool[Tensor, " vocab"]:
-        mask = self._ordinary.clone()
+    def _closing(self, place: _Place) -> Bool[np.ndarray, " vocab"]:
+        mask = self._ordinary.copy()
         mask[[token for token in self._risky if _follow(place, self._bytes_of(token))[1]]] = False
         if THINK_END in self._tag_tokens:
             mask[self._tag_tokens[THINK_END]] = True

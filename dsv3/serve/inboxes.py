@@ -2,7 +2,7 @@
 
 import asyncio
 
-from dsv3.infer.request import FinishReason, TokenEvent
+from dsv3.infer.events import FinishReason, TokenEvent
 from dsv3.serve.messages import Refused
 
 Inbox = asyncio.Queue[TokenEvent | Refused]

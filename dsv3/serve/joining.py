@@ -19,7 +19,7 @@ from dsv3 import __version__
 from dsv3.config import JoinConfig
 from dsv3.errors import ConfigError, EngineError
 from dsv3.infer.model_folder import find_model
-from dsv3.runtime.device import available_cores
+from dsv3.runtime.cores import available_cores
 from dsv3.runtime.log import get_logger
 from dsv3.serve.line import Line, LineEndedError, call
 from dsv3.serve.machines import BEAT_SECONDS

@@ -19,9 +19,8 @@ from dsv3 import __version__
 from dsv3.config import ServerConfig
 from dsv3.config.address import read_address
 from dsv3.errors import ConfigError
+from dsv3.infer.events import EngineStats
 from dsv3.infer.model_folder import find_model
-from dsv3.infer.request import EngineStats
-from dsv3.parallel.launch import open_meeting
 from dsv3.runtime.log import get_logger
 from dsv3.serve.fleet import Kind, NewWorker
 from dsv3.serve.line import Line, LineEndedError, answer
@@ -134,6 +133,10 @@ class Machines:
     @contextmanager
     def meeting(self) -> Iterator[str]:
         """Keep a store of this machine, of which the others are told the port; they know the host."""
+        from dsv3.parallel.launch import (
+            open_meeting,  # here, since it takes torch, which the server has no other use for
+        )
+
         with open_meeting() as port:
             yield f"{port}"
 

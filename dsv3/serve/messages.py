@@ -3,8 +3,8 @@
 import msgspec
 
 from dsv3.config import ServerConfig
-from dsv3.infer.request import EngineStats, TokenEvent
-from dsv3.infer.sampler import SamplingParams
+from dsv3.infer.events import EngineStats, TokenEvent
+from dsv3.infer.params import SamplingParams
 from dsv3.serve.grammar import GrammarSpec
 
 

@@ -9,8 +9,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from dsv3.infer.events import EngineStats
 from dsv3.infer.pages import Key
-from dsv3.infer.request import EngineStats
 
 RATE = 0.2
 """Weight of the newest observation of a worker's speed."""

@@ -12,7 +12,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from dsv3.data.tokenizer import Tokenizer
-from dsv3.infer.request import TokenLogprob
+from dsv3.infer.events import TokenLogprob
 from dsv3.serve.answers import Choice, Delta, usage_of
 from dsv3.serve.edge import ABORT
 from dsv3.serve.errors import ApiError

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from dsv3.config import ServerConfig
 from dsv3.data.tokenizer import Tokenizer
-from dsv3.infer.request import FinishReason, TokenEvent
+from dsv3.infer.events import FinishReason, TokenEvent
 from dsv3.serve.answers import Choice, Delta
 from dsv3.serve.asking import Question
 from dsv3.serve.engine_client import EngineClient

@@ -12,7 +12,8 @@ from statistics import median
 
 from dsv3.batch import TokenBatch
 from dsv3.checkpoint.published import save_published
-from dsv3.checkpoint.snapshot import Saving, latest_snapshot
+from dsv3.checkpoint.snapshot import Saving
+from dsv3.checkpoint.snapshot_folder import latest_snapshot
 from dsv3.config import PretrainConfig
 from dsv3.data.loader import RowLoader
 from dsv3.data.prepare import prepare_corpus

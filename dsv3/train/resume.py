@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsv3.checkpoint.snapshot import OpenSnapshot, Saving, latest_snapshot, piece_name, verify_snapshot
+from dsv3.checkpoint.snapshot import OpenSnapshot, Saving, piece_name
+from dsv3.checkpoint.snapshot_folder import latest_snapshot, verify_snapshot
 from dsv3.config import PretrainConfig
 from dsv3.data.prepared import PreparedCorpus
 from dsv3.errors import SnapshotError

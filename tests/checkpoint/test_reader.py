@@ -3,10 +3,9 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from dsv3.checkpoint.names import published_layout
-from dsv3.checkpoint.reader import PublishedReader, is_published_folder
+from dsv3.checkpoint.reader import PublishedReader
 from dsv3.errors import CheckpointError, ConfigError
 from dsv3.fp8.quantise import BLOCKS, dequantise, quantise
 
@@ -167,14 +166,3 @@ def test_weights_and_multipliers_that_do_not_belong_together_are_refused(folder,
     rewrite(folder, quantise_one)
     with pytest.raises(CheckpointError, match=said):
         PublishedReader(folder)
-
-
-def test_a_folder_is_published_when_it_has_weights_and_a_model_type(folder, tmp_path, edit_config):
-    assert is_published_folder(folder)
-    assert not is_published_folder(tmp_path / "absent")
-    edit_config(folder, model_type=None)
-    assert not is_published_folder(folder)
-    (tmp_path / "config.json").write_text('{"model_type": "deepseek_v3"}')
-    assert not is_published_folder(tmp_path)
-    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
-    assert is_published_folder(tmp_path)

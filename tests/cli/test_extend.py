@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dsv3 import load
-from dsv3.checkpoint.snapshot import latest_snapshot, read_snapshot
+from dsv3.checkpoint.snapshot import read_snapshot
+from dsv3.checkpoint.snapshot_folder import latest_snapshot
 from dsv3.cli.main import main
 from dsv3.config.files import read_config
 from dsv3.errors import SnapshotError

@@ -13,7 +13,7 @@ from dsv3.cli.main import main
 from dsv3.config import ModelConfig
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.infer.loaded import load
-from dsv3.infer.sampler import SamplingParams
+from dsv3.infer.params import SamplingParams
 from dsv3.model.transformer import Transformer
 
 PROMPT = "In the beginning"

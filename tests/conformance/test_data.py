@@ -15,9 +15,9 @@ from dsv3.data.loader import RowLoader
 from dsv3.data.prepare import prepare_corpus
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.infer.engine import Engine
+from dsv3.infer.params import SamplingParams
 from dsv3.infer.request import Request
 from dsv3.infer.runner import TorchRunner
-from dsv3.infer.sampler import SamplingParams
 
 BOS, EOS = 0, 1
 FIM_HOLE, FIM_BEGIN, FIM_END = 128_800, 128_801, 128_802

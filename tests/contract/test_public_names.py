@@ -91,5 +91,11 @@ def test_importing_the_package_and_its_recipes_loads_neither_torch_nor_numpy():
 
 
 def test_importing_the_command_line_loads_no_torch():
-    done = run_python("import sys, dsv3.cli.generate, dsv3.cli.chat; print('torch' in sys.modules)")
+    done = run_python("import sys, dsv3.cli.generate, dsv3.cli.chat, dsv3.cli.serve; print('torch' in sys.modules)")
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "False", "")
+
+
+def test_importing_the_server_and_what_joins_it_loads_no_torch():
+    pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
+    done = run_python("import sys, dsv3.serve.server, dsv3.serve.joining; print('torch' in sys.modules)")
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "False", "")

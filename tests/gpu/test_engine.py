@@ -8,9 +8,9 @@ import torch
 from dsv3 import recipes
 from dsv3.config import EngineConfig
 from dsv3.infer.engine import Engine
+from dsv3.infer.params import SamplingParams
 from dsv3.infer.request import Request
 from dsv3.infer.runner import TorchRunner
-from dsv3.infer.sampler import SamplingParams
 from dsv3.model.transformer import Transformer
 
 PROMPTS = [

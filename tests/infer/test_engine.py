@@ -5,6 +5,7 @@ import random
 from dataclasses import replace
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,11 +16,12 @@ from dsv3.checkpoint.names import published_layout
 from dsv3.config import EngineConfig
 from dsv3.errors import ConfigError
 from dsv3.infer.engine import Engine
+from dsv3.infer.events import FinishReason
 from dsv3.infer.packed_model import pack_from_state
 from dsv3.infer.packed_runner import PackedRunner
-from dsv3.infer.request import FinishReason, Request
+from dsv3.infer.params import SamplingParams
+from dsv3.infer.request import Request
 from dsv3.infer.runner import States, TorchRunner
-from dsv3.infer.sampler import SamplingParams
 from dsv3.model.transformer import Transformer
 
 from .conftest import TINY
@@ -233,7 +235,7 @@ class Counting:
         return self.state[-1] >= 50
 
     def allowed(self, *, vocab_size):
-        mask = torch.zeros(vocab_size, dtype=torch.bool)
+        mask = np.zeros(vocab_size, dtype=np.bool_)
         if self.finished:
             mask[EOS] = True
         else:

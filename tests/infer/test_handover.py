@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3.errors import ConfigError
-from dsv3.infer.request import FinishReason
+from dsv3.infer.events import FinishReason
 
 from .test_engine import (
     RUNNERS,

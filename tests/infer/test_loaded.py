@@ -12,7 +12,7 @@ from dsv3.config.files import read_json
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import CheckpointError, ConfigError, TokenizerError
 from dsv3.infer.loaded import LoadedModel, load, sampling_params
-from dsv3.infer.sampler import SamplingParams
+from dsv3.infer.params import SamplingParams
 from dsv3.model.transformer import Transformer
 
 CPU = {"device": "cpu", "weights": "fp32", "plain": True}

@@ -12,14 +12,8 @@ from hypothesis import strategies as st
 
 from dsv3.errors import CheckpointError, ConfigError
 from dsv3.infer import sampler as sampling
-from dsv3.infer.sampler import (
-    SamplingParams,
-    TokenSampler,
-    draw_freely,
-    likely_tokens,
-    next_probabilities,
-    waiting_times,
-)
+from dsv3.infer.params import SamplingParams
+from dsv3.infer.sampler import TokenSampler, draw_freely, likely_tokens, next_probabilities, waiting_times
 
 logit_lists = st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=12)
 
@@ -281,14 +275,14 @@ def test_what_a_grammar_forbids_is_never_drawn(logits, data, seed, temperature, 
         presence_penalty=1.0,
         answer=[0],
     )
-    assert mask[sampler.choose(torch.tensor(logits), place=0, allowed=torch.tensor(mask))]
+    assert mask[sampler.choose(torch.tensor(logits), place=0, allowed=np.array(mask))]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_where_everything_is_forbidden_an_error_says_so(temperature):
     sampler = sampler_of(temperature=temperature)
     with pytest.raises(ConfigError, match="no token may come next"):
-        sampler.choose(torch.zeros(4), place=0, allowed=torch.zeros(4, dtype=torch.bool))
+        sampler.choose(torch.zeros(4), place=0, allowed=np.zeros(4, dtype=np.bool_))
     sampler = sampler_of(temperature=temperature, logit_bias=tuple((token, -math.inf) for token in range(4)))
     with pytest.raises(ConfigError, match="no token may come next"):
         sampler.choose(torch.zeros(4), place=0)
@@ -380,33 +374,3 @@ def test_a_sampler_is_plain_only_if_the_likeliest_token_is_all_it_takes():
 
 
 # ---- settings ----
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"temperature": -0.1}, "temperature = -0.1"),
-        ({"temperature": math.nan}, "temperature = nan"),
-        ({"temperature": math.inf}, "temperature = inf"),
-        ({"top_p": 0.0}, "top_p = 0.0; it must be greater than 0"),
-        ({"top_p": 1.01}, "top_p = 1.01"),
-        ({"top_k": -1}, "top_k = -1"),
-        ({"min_p": 1.5}, "min_p = 1.5; it must be from 0 to 1"),
-        ({"min_p": math.nan}, "min_p = nan"),
-        ({"presence_penalty": math.inf}, "presence_penalty = inf; use 0 for none"),
-        ({"frequency_penalty": math.nan}, "frequency_penalty = nan"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty = 0.0; use 1 for none"),
-        ({"repetition_penalty": 5e-324}, "repetition_penalty = 5e-324"),
-        ({"repetition_penalty": math.inf}, "repetition_penalty = inf"),
-        ({"logit_bias": ((-1, 1.0),)}, "token ids from 0 on"),
-        ({"logit_bias": ((1, math.nan),)}, "finite numbers"),
-        ({"logit_bias": ((1, math.inf),)}, "finite numbers"),
-        ({"seed": -1}, "seed = -1"),
-        ({"seed": 2**63}, "seed = 9223372036854775808"),
-        ({"max_tokens": 0}, "max_tokens = 0"),
-        ({"stop": ("a", "")}, "empty stop string"),
-    ],
-)
-def test_a_setting_that_cannot_be_obeyed_is_refused(wrong, message):
-    with pytest.raises(ConfigError, match=message):
-        SamplingParams(**wrong)

@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3.config import EngineConfig
+from dsv3.infer.params import SamplingParams
 from dsv3.infer.request import Request
-from dsv3.infer.sampler import SamplingParams, TokenSampler
+from dsv3.infer.sampler import TokenSampler
 from dsv3.infer.scheduler import Scheduler
 from dsv3.infer.sequence import Sequence
 

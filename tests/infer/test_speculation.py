@@ -10,9 +10,9 @@ from dsv3.batch import TokenBatch
 from dsv3.config import EngineConfig
 from dsv3.infer.engine import Engine
 from dsv3.infer.pages import page_keys
+from dsv3.infer.params import SamplingParams
 from dsv3.infer.request import Request
 from dsv3.infer.runner import TorchRunner
-from dsv3.infer.sampler import SamplingParams
 from dsv3.infer.speculation import DraftLength
 from dsv3.model.transformer import Transformer
 

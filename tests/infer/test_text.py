@@ -2,9 +2,9 @@ import pytest
 
 from dsv3.config import EngineConfig
 from dsv3.infer.engine import Engine
-from dsv3.infer.request import FinishReason
+from dsv3.infer.events import FinishReason
+from dsv3.infer.params import SamplingParams
 from dsv3.infer.runner import TorchRunner
-from dsv3.infer.sampler import SamplingParams
 from dsv3.infer.stream import TokenStreams
 from dsv3.infer.text import TextStream
 

@@ -9,8 +9,8 @@ from dsv3.batch import TokenBatch
 from dsv3.config import EngineConfig, ModelConfig, YarnConfig
 from dsv3.infer.engine import Engine
 from dsv3.infer.paged_cache import PagedLatentCache
+from dsv3.infer.params import SamplingParams
 from dsv3.infer.runner import TorchRunner
-from dsv3.infer.sampler import SamplingParams
 from dsv3.infer.stream import TokenStreams
 from dsv3.model.transformer import Transformer
 from dsv3.ops.rope import rotate

@@ -16,9 +16,10 @@ import pytest
 from dsv3.config import EngineConfig, JoinConfig, ServerConfig
 from dsv3.config.address import Address
 from dsv3.errors import ConfigError, EngineError
+from dsv3.infer.events import FinishReason
 from dsv3.infer.loaded import load
-from dsv3.infer.request import FinishReason, Request
-from dsv3.infer.sampler import SamplingParams
+from dsv3.infer.params import SamplingParams
+from dsv3.infer.request import Request
 from dsv3.serve import deployment as deployment_module
 from dsv3.serve.deployment import Deployment
 from dsv3.serve.fleet import Kind

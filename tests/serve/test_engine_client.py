@@ -9,8 +9,8 @@ import pytest
 
 from dsv3.config import EngineConfig, ServerConfig
 from dsv3.errors import ConfigError
-from dsv3.infer.request import FinishReason
-from dsv3.infer.sampler import SamplingParams
+from dsv3.infer.events import FinishReason
+from dsv3.infer.params import SamplingParams
 from dsv3.serve.engine_client import OneEngine
 from dsv3.serve.messages import Ask, ProcessSettings, Refused
 

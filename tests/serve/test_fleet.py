@@ -6,7 +6,7 @@ import pytest
 
 from dsv3.config import ServerConfig
 from dsv3.errors import ConfigError
-from dsv3.infer.request import EngineStats
+from dsv3.infer.events import EngineStats
 from dsv3.serve import fleet as fleet_module
 from dsv3.serve.fleet import Fleet, Kind, ThisMachine
 from dsv3.serve.messages import ProcessSettings, Wake

@@ -12,8 +12,8 @@ from dsv3.cli.main import Options, build_app
 from dsv3.config import JoinConfig, ServerConfig
 from dsv3.config.address import Address
 from dsv3.errors import ConfigError, EngineError
+from dsv3.infer.events import EngineStats
 from dsv3.infer.model_folder import find_model
-from dsv3.infer.request import EngineStats
 from dsv3.serve import joining, machines
 from dsv3.serve.fleet import Kind
 from dsv3.serve.joining import Machine

@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsv3.infer.events import EngineStats
 from dsv3.infer.pages import page_keys
-from dsv3.infer.request import EngineStats
 from dsv3.serve.placing import Decoding, KnownPrefixes, Pace, Reading, choose_decoder, choose_reader
 
 

@@ -327,7 +327,7 @@ def test_any_walk_through_the_grammar_is_calls_of_known_tools(small, format, cho
     while not constraint.finished:
         mask = constraint.allowed(vocab_size=small.vocab_size)
         soon = [token for token in closing if mask[token]]
-        choices = mask.nonzero().flatten().tolist()
+        choices = mask.nonzero()[0].tolist()
         tokens.append(soon[0] if soon and (len(tokens) > 60 or rng.random() < 0.3) else rng.choice(choices))
         assert constraint.advance(tokens[-1])
         assert len(tokens) < 600
