@@ -30,6 +30,13 @@ CYCLE_WORDS = (4, 16)
 """Words of a cycle, at least and at most."""
 COMMON_WORDS = 250
 """So many words are common: half of those of cycles. Recall is learned from them first, and from all others then."""
+FACTS = 12_000
+FACT_CHARACTERS = 600
+"""Of a document of facts, or so."""
+FACTS_OF_A_DOCUMENT = (2, 8)
+"""At least and at most."""
+WORDS_BETWEEN = 4
+"""So many words, at most, stand between a name and what belongs to it."""
 NEAREST = 60
 """Characters from a statement to the next time that it is made, at least."""
 NEW_SHARE = 0.4
@@ -62,6 +69,41 @@ def cycle_documents(text: Sequence[str], *, seed: int = 0) -> Iterator[Document]
             cycle[place] = random.choice((random.choice(others), str(random.randrange(10 ** random.randint(1, 6)))))
         times = 1 + CYCLE_CHARACTERS // len(" ".join(cycle))
         yield Document(name=f"cycle#{number}", text=" ".join(cycle * times))
+
+
+def fact_documents(text: Sequence[str], *, seed: int = 0) -> Iterator[Document]:
+    """Yield documents that state a few facts again and again, in any order.
+
+    All are said alike but for a name and what belongs to it, so that nothing but the name tells what comes: to look
+    back for the last place that began so finds the wrong fact.
+    """
+    lines = _lines(text)
+    words = sorted({word for line in lines for word in line.split() if word.isalpha() and word.islower()})
+    names = sorted({word for line in lines for word in line.split()[1:] if word.isalpha() and word.istitle()})
+    for number in range(FACTS):
+        random = Random(f"{seed} facts {number}")
+        forms = [_form(random, words=words) for _ in range(random.randint(1, 2))]
+        facts: list[str] = []
+        known: set[str] = set()
+        for _ in range(random.randint(*FACTS_OF_A_DOCUMENT)):
+            name = random.choice(random.choice((names, words)))
+            if name not in known:
+                known.add(name)
+                value = random.choice(VALUES)(random, words)
+                facts.append(random.choice(forms).format(name, value))
+        told: list[str] = []
+        written = 0
+        while written < FACT_CHARACTERS:
+            told.append(random.choice(facts))
+            written += len(told[-1]) + 1
+        yield Document(name=f"facts#{number}", text="\n".join(told))
+
+
+def _form(random: Random, *, words: list[str]) -> str:
+    """Return words with places for a name and for what belongs to it."""
+    before = [random.choice(words) for _ in range(random.randint(0, 3))]
+    between = [random.choice(words) for _ in range(random.randint(0, WORDS_BETWEEN))]
+    return " ".join([*before, "{0}", *between, "{1}."])
 
 
 def recall_documents(text: Sequence[str], *, seed: int = 0) -> Iterator[Document]:

@@ -8,6 +8,7 @@
     arithmetic      generated sums and word problems with answers, of PyPI reasoning-gym when present
     recall          statements in lines of the Bible, or of the standard library, that are made again further down
     cycles          lists of common words of theirs, said again and again
+    facts           a few facts of names and words of theirs, stated again and again in any order
 
 Packages that carry data are read as folders, not imported: two of them would drag in what they do not need.
 """
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from dsv3.config import SourceConfig
 from dsv3.data.document import Document, ReadingLog
-from dsv3.data.recall import cycle_documents, recall_documents
+from dsv3.data.recall import cycle_documents, fact_documents, recall_documents
 from dsv3.errors import DataError
 
 BUILTIN = "builtin://"
@@ -195,6 +196,11 @@ def read_cycles(log: ReadingLog) -> Iterator[Document]:
     return cycle_documents(_text_to_recall(log, name="cycles"))
 
 
+def read_facts(log: ReadingLog) -> Iterator[Document]:
+    """Yield facts that are stated again and again, in any order."""
+    return fact_documents(_text_to_recall(log, name="facts"))
+
+
 def _text_to_recall(log: ReadingLog, *, name: str) -> list[str]:
     try:
         text = list(read_bible(log))
@@ -213,6 +219,7 @@ READERS: dict[str, Callable[[ReadingLog], Iterator[Document]]] = {
     "arithmetic": read_arithmetic,
     "recall": read_recall,
     "cycles": read_cycles,
+    "facts": read_facts,
 }
 
 
