@@ -30,11 +30,15 @@ CYCLE_WORDS = (4, 16)
 """Words of a cycle, at least and at most."""
 COMMON_WORDS = 250
 """So many words are common: half of those of cycles. Recall is learned from them first, and from all others then."""
-FACTS = 12_000
+FACTS = 24_000
 FACT_CHARACTERS = 600
 """Of a document of facts, or so."""
-FACTS_OF_A_DOCUMENT = (2, 8)
+FACTS_OF_A_DOCUMENT = (1, 6)
 """At least and at most."""
+TEXT_SHARES = (0.0, 0.3, 0.6)
+"""Of the lines of a document of facts, so many are lines of the text."""
+TEXT_WORDS = 9
+"""Of each of these lines, so many words at most: a row of a hundred tokens must have place for facts as well."""
 WORDS_BETWEEN = 4
 """So many words, at most, stand between a name and what belongs to it."""
 NEAREST = 60
@@ -59,8 +63,7 @@ PATTERNS = (
 def cycle_documents(text: Sequence[str], *, seed: int = 0) -> Iterator[Document]:
     """Yield documents that are each one list of words and numbers, said again and again."""
     lines = _lines(text)
-    counts = Counter(word for line in lines for word in line.split() if word.isalpha() and word.islower())
-    common = [word for word, _ in counts.most_common(COMMON_WORDS)]
+    common = _common_words(lines)
     others = sorted({word for line in lines for word in line.split() if word.isalpha()})
     for number in range(CYCLES):
         random = Random(f"{seed} cycle {number}")
@@ -72,29 +75,36 @@ def cycle_documents(text: Sequence[str], *, seed: int = 0) -> Iterator[Document]
 
 
 def fact_documents(text: Sequence[str], *, seed: int = 0) -> Iterator[Document]:
-    """Yield documents that state a few facts again and again, in any order.
+    """Yield short documents that state a few facts again and again, in any order, with lines of the text between.
 
-    All are said alike but for a name and what belongs to it, so that nothing but the name tells what comes: to look
-    back for the last place that began so finds the wrong fact.
+    The facts of a document are said alike but for a name and what belongs to it, so that nothing but the name tells
+    what comes: to look back for the last place that began so finds the wrong fact. A row that has half a document has
+    most facts twice.
     """
     lines = _lines(text)
+    common = _common_words(lines)
     words = sorted({word for line in lines for word in line.split() if word.isalpha() and word.islower()})
     names = sorted({word for line in lines for word in line.split()[1:] if word.isalpha() and word.istitle()})
     for number in range(FACTS):
         random = Random(f"{seed} facts {number}")
-        forms = [_form(random, words=words) for _ in range(random.randint(1, 2))]
+        forms = [_form(random, words=random.choice((common, words))) for _ in range(random.randint(1, 2))]
         facts: list[str] = []
         known: set[str] = set()
         for _ in range(random.randint(*FACTS_OF_A_DOCUMENT)):
             name = random.choice(random.choice((names, words)))
             if name not in known:
                 known.add(name)
-                value = random.choice(VALUES)(random, words)
+                value = random.choice((_number, _words))(random, words)
                 facts.append(random.choice(forms).format(name, value))
+        text_share = random.choice(TEXT_SHARES)
+        at, written = random.randrange(len(lines)), 0
         told: list[str] = []
-        written = 0
         while written < FACT_CHARACTERS:
-            told.append(random.choice(facts))
+            if random.random() < text_share:
+                told.append(" ".join(lines[at % len(lines)].split()[:TEXT_WORDS]))
+                at += 1
+            else:
+                told.append(random.choice(facts))
             written += len(told[-1]) + 1
         yield Document(name=f"facts#{number}", text="\n".join(told))
 
@@ -123,6 +133,11 @@ def _lines(text: Sequence[str]) -> list[str]:
     """Return the lines of some words, of text that is held out nowhere."""
     spared = [document for document in text if not falls_below(hash_text(document), rate=MAYBE_HELD_OUT)]
     return [line.strip() for document in spared for line in document.splitlines() if len(line.split()) > 2]
+
+
+def _common_words(lines: list[str]) -> list[str]:
+    counts = Counter(word for line in lines for word in line.split() if word.isalpha() and word.islower())
+    return [word for word, _ in counts.most_common(COMMON_WORDS)]
 
 
 def _recalling(
