@@ -169,8 +169,8 @@ class WriteShards(_Stage):
         part = f"{task:05d}-"
         for stale in (output / "sources").glob(f"*/shard-{part}*"):
             stale.unlink()  # Of an attempt that was killed: shards of one group may be whole, and those of others not.
-        file = output / TOKENIZER
-        tokenizer = _tokenizer_at(file, changed=file.stat().st_mtime_ns)
+        learned = output / TOKENIZER
+        tokenizer = _tokenizer_at(learned, changed=learned.stat().st_mtime_ns)
         writer = _GroupWriter(self.config, tokenizer=tokenizer, output=output, part=part)
         account = StepAccount(name="copies")
         for document, reason in kept_documents(self.folder, task=task):
