@@ -64,7 +64,7 @@ async def closed_loop(config: LoadConfig, *, prompts: Iterator[Prompt], ask: Ask
                 return
             await ask(prompt, clock())
             if (task := asyncio.current_task()) and task.cancelling():
-                return  # The client took the cancellation for itself, in the middle of a request.
+                return  # A request has taken the cancellation for itself.
 
     async with asyncio.TaskGroup() as group:
         for _ in range(min(config.clients, config.num_requests)):

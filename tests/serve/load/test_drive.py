@@ -151,7 +151,7 @@ def test_a_server_that_cannot_be_loaded_is_refused_before_the_load(server, scrip
 
 @pytest.mark.parametrize("settings", [{"clients": 3}, {"rate": 200.0}])
 def test_who_is_told_to_stop_asks_no_more_even_if_a_request_took_that_for_itself(settings):
-    """As the client does now and then, while it closes a connection."""
+    """As a client may that closes a connection meanwhile."""
     config = LoadConfig(num_requests=10_000, **settings)
     asked = []
 
