@@ -3,8 +3,8 @@
 Three things, each over HTTP, on a random model of V3's shape with 55 M weights (with a tokenizer made from Python's
 own documentation, which the prompts are cut from):
 
-- The same prompts, greedy and seeded, through one process and through two that prefill and two that decode: the same
-  text, to the last character.
+- The same prompts, greedy and seeded, through one process and through two that prefill and two that decode, each with
+  all experts and each two with half of them: the same text, to the last character.
 - The same again while a worker picked at random is killed every few seconds: the same text, no answer lost or failed,
   and no page held by anybody at the end.
 - Mixed load on the same cores (arrivals by a Poisson process, long prompts, short answers): one engine on all cores
@@ -78,32 +78,36 @@ def main() -> None:
     several = ["--threads", "1", "--prefill", "2", "--decode", "2", *CACHE]
     with started_server(model, options=one) as url:
         expected = asyncio.run(answers(url, prompts))
-    with started_server(model, options=several) as url:
-        apart = asyncio.run(answers(url, prompts))
-        soak = soak_with_kills(url, prompts, expected=expected, sizes=sizes)
-    same = sum(ours == theirs for ours, theirs in zip(apart, expected, strict=True))
+    claims, soaks = [], {}
+    for name, more in (("", []), (", experts shared", ["--expert-parallel"])):
+        with started_server(model, options=[*several, *more]) as url:
+            apart = asyncio.run(answers(url, prompts))
+            soak = soaks[f"2 + 2{name}"] = soak_with_kills(url, prompts, expected=expected, sizes=sizes)
+        same = sum(ours == theirs for ours, theirs in zip(apart, expected, strict=True))
+        claims += [
+            Claim(
+                name=f"answers of 2 prefill, 2 decode workers{name} that are those of one process, of {len(prompts)}",
+                ours=same,
+                peer=len(prompts),
+                peer_name="one process",
+                ratio=same / len(prompts),
+                target=1.0,
+            ),
+            Claim(
+                name=f"answers whole and the same while {soak.num_kills} workers{name} are killed, of {soak.num_asked}",
+                ours=soak.num_same,
+                peer=soak.num_asked,
+                peer_name="one process, no kills",
+                ratio=soak.num_same / soak.num_asked if soak.pages_held == 0 else 0.0,
+                target=1.0,
+            ),
+        ]
     arms = mixed_load(model, sizes=sizes)
     show(arms)
     draw(arms)
     tail = {name: median(run.gap.p99 for run in runs) for name, runs in arms.items()}
     whole, split = tail.values()
-    claims = [
-        Claim(
-            name=f"answers of 2 prefill and 2 decode workers that are those of one process, of {len(prompts)}",
-            ours=same,
-            peer=len(prompts),
-            peer_name="one process",
-            ratio=same / len(prompts),
-            target=1.0,
-        ),
-        Claim(
-            name=f"answers whole and the same while {soak.num_kills} workers are killed, of {soak.num_asked}",
-            ours=soak.num_same,
-            peer=soak.num_asked,
-            peer_name="one process, no kills",
-            ratio=soak.num_same / soak.num_asked if soak.pages_held == 0 else 0.0,
-            target=1.0,
-        ),
+    claims.append(
         Claim(
             name="99th percentile of the time between pieces of text under mixed load, ms",
             ours=1e3 * split,
@@ -111,10 +115,10 @@ def main() -> None:
             peer_name="one engine, same cores",
             ratio=whole / split,
             target=1.0,
-        ),
-    ]
+        )
+    )
     details = {
-        "soak": vars(soak),
+        "soak": {name: vars(soak) for name, soak in soaks.items()},
         "mixed_load": {name: [run.as_dict() for run in runs] for name, runs in arms.items()},
         "cores": available_cores(),
     }

@@ -27,6 +27,7 @@ from dsv3.data.special_tokens import (
 from dsv3.data.stream_decoder import StreamDecoder
 from dsv3.errors import TokenizerError
 from dsv3.runtime.atomic import whole_file, write_json
+from dsv3.runtime.cores import available_cores
 
 # The published rules, applied in this order; each cuts what the one before left uncut.
 SPLIT_RULES = (
@@ -46,6 +47,8 @@ MIN_VOCAB_SIZE = len(FIRST_TOKENS) + 256 + len(LAST_TOKENS)
 
 PIECE_CHARACTERS = 32_768
 """A longer text is encoded in pieces of about as many."""
+AT_ONCE_CHARACTERS = PIECE_CHARACTERS * max(8, available_cores())
+"""So much text is encoded at a time: a piece for every core."""
 SURE_CUT = re.compile("(?<=[A-Za-z])(?= [A-Za-z])|(?<=[。，！？；：、])(?=[\u4e00-\u9fa5])")
 """Between two words, and after a Chinese mark: whatever stands around it, the rules cut there."""
 
@@ -184,11 +187,23 @@ class Tokenizer:
         Half a surrogate pair, which UTF-8 cannot hold, is read as U+FFFD. A long text is encoded in pieces, cut where
         V3's rules cut too: one of a megabyte would take 200 MB, and a single thread.
         """
-        if any(len(text) > PIECE_CHARACTERS for text in texts) and self._cuts_as_v3:
-            pieces = [list(pieces_of(text)) for text in texts]
-            encoded = iter(self._encode_whole([piece for some in pieces for piece in some]))
-            return [[token for _ in some for token in next(encoded)] for some in pieces]
-        return self._encode_whole(texts)
+        pieces = [list(pieces_of(text)) if self._cuts_as_v3 else [text] for text in texts]
+        encoded = self._encode_in_turn([piece for some in pieces for piece in some])
+        return [
+            next(encoded) if len(some) == 1 else [token for _ in some for token in next(encoded)] for some in pieces
+        ]
+
+    def _encode_in_turn(self, texts: list[str]) -> Iterator[list[int]]:
+        """Yield the ids of each. What the library keeps beside them, ten times as much, is there for some at a time."""
+        waiting, characters = [], 0
+        for text in texts:
+            waiting.append(text)
+            characters += len(text)
+            if characters >= AT_ONCE_CHARACTERS:
+                yield from self._encode_whole(waiting)
+                waiting, characters = [], 0
+        if waiting:
+            yield from self._encode_whole(waiting)
 
     def _encode_whole(self, texts: list[str]) -> list[list[int]]:
         try:

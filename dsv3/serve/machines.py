@@ -133,9 +133,8 @@ class Machines:
     @contextmanager
     def meeting(self) -> Iterator[str]:
         """Keep a store of this machine, of which the others are told the port; they know the host."""
-        from dsv3.parallel.launch import (
-            open_meeting,  # here, since it takes torch, which the server has no other use for
-        )
+        # Here, since it takes torch, which the server has no other use for.
+        from dsv3.parallel.launch import open_meeting
 
         with open_meeting() as port:
             yield f"{port}"

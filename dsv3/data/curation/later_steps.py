@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -168,7 +169,8 @@ class WriteShards(_Stage):
         part = f"{task:05d}-"
         for stale in (output / "sources").glob(f"*/shard-{part}*"):
             stale.unlink()  # Of an attempt that was killed: shards of one group may be whole, and those of others not.
-        tokenizer = Tokenizer.from_file(output / TOKENIZER)
+        learned = output / TOKENIZER
+        tokenizer = _tokenizer_at(learned, changed=learned.stat().st_mtime_ns)
         writer = _GroupWriter(self.config, tokenizer=tokenizer, output=output, part=part)
         account = StepAccount(name="copies")
         for document, reason in kept_documents(self.folder, task=task):
@@ -192,6 +194,12 @@ class WriteShards(_Stage):
             path=self.folder / "accounts" / "shards" / f"{task:05d}.json",
             groups={name: dict(counts) for name, counts in writer.counts.items()},
         )
+
+
+@lru_cache(maxsize=1)
+def _tokenizer_at(file: Path, *, changed: int) -> Tokenizer:  # noqa: ARG001
+    """Return one tokenizer for all tasks of a process: each one that is read leaves some 7 MB of its caches behind."""
+    return Tokenizer.from_file(file)
 
 
 class _GroupWriter:

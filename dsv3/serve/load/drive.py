@@ -63,6 +63,8 @@ async def closed_loop(config: LoadConfig, *, prompts: Iterator[Prompt], ask: Ask
             if config.duration_seconds is not None and clock() >= config.duration_seconds:
                 return
             await ask(prompt, clock())
+            if (task := asyncio.current_task()) and task.cancelling():
+                return  # A request has taken the cancellation for itself.
 
     async with asyncio.TaskGroup() as group:
         for _ in range(min(config.clients, config.num_requests)):

@@ -2,12 +2,15 @@
 
 import asyncio
 import time
+from contextlib import suppress
 
 import pytest
 
 from dsv3.errors import ConfigError
 from dsv3.serve.load import LoadConfig, run_load, summarise
 from dsv3.serve.load.arrivals import poisson_arrivals
+from dsv3.serve.load.client import start_clock
+from dsv3.serve.load.drive import closed_loop, open_loop
 from dsv3.serve.load.lengths import Lengths
 from dsv3.serve.load.workload import read_text
 
@@ -144,3 +147,26 @@ def test_a_server_that_cannot_be_loaded_is_refused_before_the_load(server, scrip
     server.scripts = [scripted.Script(status=400, error={"message": "no such model"})]
     with pytest.raises(ConfigError, match=r"first request: http 400: .*no such model"):
         load(server, clients=1, api_key="secret", model="other")
+
+
+@pytest.mark.parametrize("settings", [{"clients": 3}, {"rate": 200.0}])
+def test_who_is_told_to_stop_asks_no_more_even_if_a_request_took_that_for_itself(settings):
+    """As a client may that closes a connection meanwhile."""
+    config = LoadConfig(num_requests=10_000, **settings)
+    asked = []
+
+    async def ask(prompt, scheduled):
+        asked.append(prompt)
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(0.02)
+
+    async def use():
+        loop = open_loop if config.rate else closed_loop
+        load = asyncio.ensure_future(loop(config, prompts=iter(range(10_000)), ask=ask, clock=start_clock()))
+        await asyncio.sleep(0.1)
+        load.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(load, 5)
+
+    asyncio.run(use())
+    assert 3 <= len(asked) < 100
