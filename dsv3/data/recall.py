@@ -35,18 +35,17 @@ FACT_CHARACTERS = 600
 """Of a document of facts, or so."""
 FACTS_OF_A_DOCUMENT = (1, 6)
 """At least and at most."""
-TEXT_SHARES = (0.0, 0.3, 0.6)
+TEXT_SHARES = (0.0, 0.3, 0.6, 0.8)
 """Of the lines of a document of facts, so many are lines of the text."""
-TEXT_WORDS = 9
+TEXT_WORDS = 12
 """Of each of these lines, so many words at most: a row of a hundred tokens must have place for facts as well."""
-WORDS_BETWEEN = 4
-"""So many words, at most, stand between a name and what belongs to it."""
 NEAREST = 60
 """Characters from a statement to the next time that it is made, at least."""
 NEW_SHARE = 0.4
 """Of the lines that repeat nothing, so many state something; the others are lines of the text."""
-LIST_SHARE = 0.5
-"""Of the statements, so many are no sentence but a list of words: nothing but memory helps there."""
+LIST_SHARE, FACT_SHARE = 0.3, 0.5
+"""Of the statements, so many are no sentence but a list of words, where nothing but memory helps, and so many are facts
+as `facts` has them; the others are sentences of other forms."""
 AGAIN_SHARE = 0.75
 """So many statements are made once more, after each time."""
 PATTERNS = (
@@ -77,9 +76,8 @@ def cycle_documents(text: Sequence[str], *, seed: int = 0) -> Iterator[Document]
 def fact_documents(text: Sequence[str], *, seed: int = 0) -> Iterator[Document]:
     """Yield short documents that state a few facts again and again, in any order, with lines of the text between.
 
-    The facts of a document are said alike but for a name and what belongs to it, so that nothing but the name tells
-    what comes: to look back for the last place that began so finds the wrong fact. A row that has half a document has
-    most facts twice.
+    Nothing but a name tells facts of a form apart: to look back for the last place that began so finds the wrong one. A
+    row that has half a document has most facts twice.
     """
     lines = _lines(text)
     common = _common_words(lines)
@@ -87,16 +85,12 @@ def fact_documents(text: Sequence[str], *, seed: int = 0) -> Iterator[Document]:
     names = sorted({word for line in lines for word in line.split()[1:] if word.isalpha() and word.istitle()})
     for number in range(FACTS):
         random = Random(f"{seed} facts {number}")
-        forms = [_form(random, words=random.choice((common, words))) for _ in range(random.randint(1, 2))]
-        facts: list[str] = []
-        known: set[str] = set()
-        for _ in range(random.randint(*FACTS_OF_A_DOCUMENT)):
-            name = random.choice(random.choice((names, words)))
-            if name not in known:
-                known.add(name)
-                value = random.choice((_number, _words))(random, words)
-                facts.append(random.choice(forms).format(name, value))
+        known: dict[str, str] = {}
         text_share = random.choice(TEXT_SHARES)
+        for _ in range(random.randint(1, 6 if text_share < 0.5 else 3)):
+            beginning, value = random.choice(FACT_FORMS)(random, common=common, words=words, names=names)
+            known.setdefault(beginning, f"{beginning} {value}.")
+        facts = list(known.values())
         at, written = random.randrange(len(lines)), 0
         told: list[str] = []
         while written < FACT_CHARACTERS:
@@ -109,23 +103,17 @@ def fact_documents(text: Sequence[str], *, seed: int = 0) -> Iterator[Document]:
         yield Document(name=f"facts#{number}", text="\n".join(told))
 
 
-def _form(random: Random, *, words: list[str]) -> str:
-    """Return words with places for a name and for what belongs to it."""
-    before = [random.choice(words) for _ in range(random.randint(0, 3))]
-    between = [random.choice(words) for _ in range(random.randint(0, WORDS_BETWEEN))]
-    return " ".join([*before, "{0}", *between, "{1}."])
-
-
 def recall_documents(text: Sequence[str], *, seed: int = 0) -> Iterator[Document]:
     """Yield documents whose lines are those of `text`, statements between them; the shortest documents come first."""
     lines = _lines(text)
+    common = _common_words(lines)
     words = sorted({word for line in lines for word in line.split() if word.isalpha() and word.islower()})
     names = sorted({word for line in lines for word in line.split()[1:] if word.isalpha() and word.istitle()})
     for octave in range(OCTAVES):
         characters = SHORTEST * 2**octave
         for number in range(CHARACTERS_OF_AN_OCTAVE // characters):
             random = Random(f"{seed} {octave} {number}")
-            text_lines = _recalling(random, lines=lines, words=words, names=names, characters=characters)
+            text_lines = _recalling(random, lines=lines, common=common, words=words, names=names, characters=characters)
             yield Document(name=f"recall#{characters}-{number}", text="\n".join(text_lines))
 
 
@@ -141,11 +129,11 @@ def _common_words(lines: list[str]) -> list[str]:
 
 
 def _recalling(
-    random: Random, *, lines: list[str], words: list[str], names: list[str], characters: int
+    random: Random, *, lines: list[str], common: list[str], words: list[str], names: list[str], characters: int
 ) -> Iterator[str]:
     """Yield the lines of one document."""
     # A few words and names for each document, so that many statements begin alike and differ in one place.
-    words, names = random.sample(words, 24), random.sample(names, 6)
+    few_words, few_names = random.sample(words, 24), random.sample(names, 6)
     at = random.randrange(len(lines))
     due: list[tuple[int, str]] = []  # by the character at which they are to be made again
     written = 0
@@ -155,10 +143,14 @@ def _recalling(
         if due and due[0][0] <= written:
             line, again = heappop(due)[1], AGAIN_SHARE
         elif random.random() < NEW_SHARE:
-            if random.random() < LIST_SHARE:
-                beginning = line = " ".join(random.choice(words) for _ in range(random.randrange(3, 13)))
+            kind = random.random()
+            if kind < LIST_SHARE:
+                beginning = line = " ".join(random.choice(few_words) for _ in range(random.randrange(3, 13)))
+            elif kind < LIST_SHARE + FACT_SHARE:
+                beginning, value = random.choice(FACT_FORMS)(random, common=common, words=words, names=names)
+                line = f"{beginning} {value}."
             else:
-                beginning, line = _statement(random, words=words[:12], names=names)
+                beginning, line = _statement(random, words=few_words[:12], names=few_names)
             if beginning in stated:
                 continue
             stated.add(beginning)
@@ -190,3 +182,19 @@ def _words(random: Random, words: Sequence[str]) -> str:
 
 
 VALUES: tuple[Callable[[Random, Sequence[str]], str], ...] = (_number, _number, _words)
+
+
+def _secret(random: Random, *, common: Sequence[str], words: Sequence[str], names: Sequence[str]) -> tuple[str, str]:  # noqa: ARG001
+    return f"The secret number of {random.choice(names)} is", str(random.randrange(100_000, 1_000_000))
+
+
+def _password(random: Random, *, common: Sequence[str], words: Sequence[str], names: Sequence[str]) -> tuple[str, str]:  # noqa: ARG001
+    some = random.choice((common, words))
+    return (
+        f"The password of the {random.choice(common)} {random.choice(some)} is",
+        " ".join(random.choice(some) for _ in range(3)),
+    )
+
+
+FACT_FORMS = (_secret, _password)
+"""Those that `dsv3 eval needle` asks for, in other words and with other names."""
