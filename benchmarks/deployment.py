@@ -58,7 +58,8 @@ class Sizes:
     num_prompts: int
     soak_seconds: float
     kill_every_seconds: float
-    """A worker that dies five times within a minute of its start is given up, as it should be."""
+    """A worker that dies five times within a minute of its start is given up, as it should be. One that shares experts
+    takes its group with it when it is killed, so that those are killed half as often, for twice as long."""
     load_seconds: float
     repeats: int
     rate: float
@@ -79,10 +80,15 @@ def main() -> None:
     with started_server(model, options=one) as url:
         expected = asyncio.run(answers(url, prompts))
     claims, soaks = [], {}
-    for name, more in (("", []), (", experts shared", ["--expert-parallel"])):
+    for name, more, group in (("", [], 1), (", experts shared", ["--expert-parallel"], 2)):
+        slower = replace(
+            sizes,
+            soak_seconds=sizes.soak_seconds * group,
+            kill_every_seconds=sizes.kill_every_seconds * group,
+        )
         with started_server(model, options=[*several, *more]) as url:
             apart = asyncio.run(answers(url, prompts))
-            soak = soaks[f"2 + 2{name}"] = soak_with_kills(url, prompts, expected=expected, sizes=sizes)
+            soak = soaks[f"2 + 2{name}"] = soak_with_kills(url, prompts, expected=expected, sizes=slower)
         same = sum(ours == theirs for ours, theirs in zip(apart, expected, strict=True))
         claims += [
             Claim(

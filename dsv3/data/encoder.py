@@ -7,10 +7,7 @@ from dsv3.config import DataConfig
 from dsv3.data.boundary import BoundarySplitter
 from dsv3.data.document import Document
 from dsv3.data.fim import cut_document, psm_ids
-from dsv3.data.tokenizer import Tokenizer
-
-BATCH_CHARACTERS = 1_000_000
-"""Text encoded at a time; enough to keep all threads busy."""
+from dsv3.data.tokenizer import AT_ONCE_CHARACTERS, Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +57,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     for document in documents:
         batch.append(document)
         characters += len(document.text)
-        if characters >= BATCH_CHARACTERS:
+        if characters >= AT_ONCE_CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:

@@ -47,7 +47,7 @@ MIN_VOCAB_SIZE = len(FIRST_TOKENS) + 256 + len(LAST_TOKENS)
 
 PIECE_CHARACTERS = 32_768
 """A longer text is encoded in pieces of about as many."""
-AT_ONCE_CHARACTERS = PIECE_CHARACTERS * max(8, available_cores())
+AT_ONCE_CHARACTERS = PIECE_CHARACTERS * max(4, available_cores())
 """So much text is encoded at a time: a piece for every core."""
 SURE_CUT = re.compile("(?<=[A-Za-z])(?= [A-Za-z])|(?<=[。，！？；：、])(?=[\u4e00-\u9fa5])")
 """Between two words, and after a Chinese mark: whatever stands around it, the rules cut there."""

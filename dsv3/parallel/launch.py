@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import count
 from math import lcm
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from dsv3.runtime.log import ROOT, get_logger
 from dsv3.runtime.rank import is_main_rank, num_ranks, num_restarts, rank_on_this_machine, ranks_on_this_machine
 
 TCP = "tcp://"
+MEETINGS = count()
+"""Of this process; every rank of a program has as many."""
 
 
 @contextmanager
@@ -59,8 +62,8 @@ def open_ranks(
         get_logger(ROOT).setLevel(logging.WARNING)
     timeout = timedelta(seconds=config.timeout_seconds)
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
-    # torchrun keeps its store over a restart (2.13), and with it the addresses of processes that are gone.
-    store = dist.PrefixStore(f"attempt-{num_restarts()}", store)  # type: ignore[attr-defined]
+    # torchrun keeps its store over a restart (2.13) and over meetings, and with it addresses that are no more.
+    store = dist.PrefixStore(f"attempt-{num_restarts()}-{next(MEETINGS)}", store)  # type: ignore[attr-defined]
     _connect(_backend(device), store=store, rank=rank, size=size, timeout=timeout)
     try:
         yield Ranks(config, model=model, sequence_length=sequence_length)

@@ -29,10 +29,10 @@ from dsv3.data.curation.duplicates import (
 from dsv3.data.curation.finish import finish
 from dsv3.data.curation.groups import group_folder, group_name
 from dsv3.data.document import Document
-from dsv3.data.encoder import BATCH_CHARACTERS, DocumentEncoder
+from dsv3.data.encoder import DocumentEncoder
 from dsv3.data.sample import SAMPLE_CHARACTERS, sample_texts
 from dsv3.data.shards import ShardWriter, load_array, save_array
-from dsv3.data.tokenizer import Tokenizer
+from dsv3.data.tokenizer import AT_ONCE_CHARACTERS, Tokenizer
 from dsv3.runtime.atomic import whole_file, write_json
 
 TOKENIZER = "tokenizer"
@@ -236,7 +236,7 @@ class _GroupWriter:
         counts["bytes"] += size
         self._waiting.setdefault(name, []).append(Document(name=document.name, text=document.text))
         self._characters += len(document.text)
-        if self._characters >= BATCH_CHARACTERS:
+        if self._characters >= AT_ONCE_CHARACTERS:
             self._encode()
 
     def close(self) -> None:
