@@ -1,14 +1,19 @@
-"""Documents that cannot be continued without looking back: `builtin://recall` and `builtin://cycles`.
+"""Documents that cannot be continued without looking back: `builtin://recall`, `builtin://facts`, `builtin://cycles`.
 
-Real text with statements between its lines, each of which is made once more further down: after its first words, the
-rest of it can only be known from where it stood before. The distances are even on a scale of octaves, from the line
-above to most of the document, and so are the lengths of the documents, so that rows of any length hold something to
-look for. A small model learns to look back at all from easier documents, each a list of words that goes round and
-round. Ours; the report does not say what its long context was trained on.
+Documents of recall are real text with statements between its lines, each of which is made once more further down: after
+its first words, the rest of it can only be known from where it stood before. The distances are even on a scale of
+octaves, from the line above to most of the document, and so are the lengths of the documents, so that rows of any
+length hold something to look for. A small model learns from easier documents first: to look back at all from lists of
+words that go round and round, and to look for what a name tells apart from facts that are stated again and again. Ours;
+the report does not say what its long context was trained on.
+
+Half of the statements are of the forms that `dsv3 eval needle` hides and asks for, with names, words and numbers drawn
+at random.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from heapq import heappop, heappush
 from random import Random
 
@@ -33,10 +38,8 @@ COMMON_WORDS = 250
 FACTS = 24_000
 FACT_CHARACTERS = 600
 """Of a document of facts, or so."""
-FACTS_OF_A_DOCUMENT = (1, 6)
-"""At least and at most."""
-TEXT_SHARES = (0.0, 0.3, 0.6, 0.8)
-"""Of the lines of a document of facts, so many are lines of the text."""
+FACTS_OF_A_DOCUMENT = {0.0: 6, 0.3: 6, 0.6: 3, 0.8: 3}
+"""By the share of its lines that are lines of the text: so many at most, or a row would not have them twice."""
 TEXT_WORDS = 12
 """Of each of these lines, so many words at most: a row of a hundred tokens must have place for facts as well."""
 NEAREST = 60
@@ -59,10 +62,29 @@ PATTERNS = (
 """Words and names of the text stand for all but the last place."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Words:
+    """What statements are made of."""
+
+    common: list[str]
+    all: list[str]
+    """In lower case, the common ones too; each once."""
+    names: list[str]
+    """Words that begin with a capital letter where no line begins."""
+
+    @classmethod
+    def of(cls, lines: list[str]) -> "_Words":
+        """Return those of lines."""
+        counts = Counter(word for line in lines for word in line.split() if word.isalpha() and word.islower())
+        names = {word for line in lines for word in line.split()[1:] if word.isalpha() and word.istitle()}
+        common = [word for word, _ in counts.most_common(COMMON_WORDS)]
+        return cls(common=common, all=sorted(counts), names=sorted(names))
+
+
 def cycle_documents(text: Sequence[str], *, seed: int = 0) -> Iterator[Document]:
     """Yield documents that are each one list of words and numbers, said again and again."""
     lines = _lines(text)
-    common = _common_words(lines)
+    common = _Words.of(lines).common
     others = sorted({word for line in lines for word in line.split() if word.isalpha()})
     for number in range(CYCLES):
         random = Random(f"{seed} cycle {number}")
@@ -80,16 +102,14 @@ def fact_documents(text: Sequence[str], *, seed: int = 0) -> Iterator[Document]:
     row that has half a document has most facts twice.
     """
     lines = _lines(text)
-    common = _common_words(lines)
-    words = sorted({word for line in lines for word in line.split() if word.isalpha() and word.islower()})
-    names = sorted({word for line in lines for word in line.split()[1:] if word.isalpha() and word.istitle()})
+    words = _Words.of(lines)
     for number in range(FACTS):
         random = Random(f"{seed} facts {number}")
+        text_share, most = random.choice(list(FACTS_OF_A_DOCUMENT.items()))
         known: dict[str, str] = {}
-        text_share = random.choice(TEXT_SHARES)
-        for _ in range(random.randint(1, 6 if text_share < 0.5 else 3)):
-            beginning, value = random.choice(FACT_FORMS)(random, common=common, words=words, names=names)
-            known.setdefault(beginning, f"{beginning} {value}.")
+        for _ in range(random.randint(1, most)):
+            beginning, line = random.choice(FACT_FORMS)(random, words)
+            known.setdefault(beginning, line)
         facts = list(known.values())
         at, written = random.randrange(len(lines)), 0
         told: list[str] = []
@@ -106,14 +126,12 @@ def fact_documents(text: Sequence[str], *, seed: int = 0) -> Iterator[Document]:
 def recall_documents(text: Sequence[str], *, seed: int = 0) -> Iterator[Document]:
     """Yield documents whose lines are those of `text`, statements between them; the shortest documents come first."""
     lines = _lines(text)
-    common = _common_words(lines)
-    words = sorted({word for line in lines for word in line.split() if word.isalpha() and word.islower()})
-    names = sorted({word for line in lines for word in line.split()[1:] if word.isalpha() and word.istitle()})
+    words = _Words.of(lines)
     for octave in range(OCTAVES):
         characters = SHORTEST * 2**octave
         for number in range(CHARACTERS_OF_AN_OCTAVE // characters):
             random = Random(f"{seed} {octave} {number}")
-            text_lines = _recalling(random, lines=lines, common=common, words=words, names=names, characters=characters)
+            text_lines = _recalling(random, lines=lines, words=words, characters=characters)
             yield Document(name=f"recall#{characters}-{number}", text="\n".join(text_lines))
 
 
@@ -123,17 +141,10 @@ def _lines(text: Sequence[str]) -> list[str]:
     return [line.strip() for document in spared for line in document.splitlines() if len(line.split()) > 2]
 
 
-def _common_words(lines: list[str]) -> list[str]:
-    counts = Counter(word for line in lines for word in line.split() if word.isalpha() and word.islower())
-    return [word for word, _ in counts.most_common(COMMON_WORDS)]
-
-
-def _recalling(
-    random: Random, *, lines: list[str], common: list[str], words: list[str], names: list[str], characters: int
-) -> Iterator[str]:
+def _recalling(random: Random, *, lines: list[str], words: _Words, characters: int) -> Iterator[str]:
     """Yield the lines of one document."""
     # A few words and names for each document, so that many statements begin alike and differ in one place.
-    few_words, few_names = random.sample(words, 24), random.sample(names, 6)
+    few_words, few_names = random.sample(words.all, 24), random.sample(words.names, 6)
     at = random.randrange(len(lines))
     due: list[tuple[int, str]] = []  # by the character at which they are to be made again
     written = 0
@@ -147,8 +158,7 @@ def _recalling(
             if kind < LIST_SHARE:
                 beginning = line = " ".join(random.choice(few_words) for _ in range(random.randrange(3, 13)))
             elif kind < LIST_SHARE + FACT_SHARE:
-                beginning, value = random.choice(FACT_FORMS)(random, common=common, words=words, names=names)
-                line = f"{beginning} {value}."
+                beginning, line = random.choice(FACT_FORMS)(random, words)
             else:
                 beginning, line = _statement(random, words=few_words[:12], names=few_names)
             if beginning in stated:
@@ -184,17 +194,16 @@ def _words(random: Random, words: Sequence[str]) -> str:
 VALUES: tuple[Callable[[Random, Sequence[str]], str], ...] = (_number, _number, _words)
 
 
-def _secret(random: Random, *, common: Sequence[str], words: Sequence[str], names: Sequence[str]) -> tuple[str, str]:  # noqa: ARG001
-    return f"The secret number of {random.choice(names)} is", str(random.randrange(100_000, 1_000_000))
+def _secret(random: Random, words: _Words) -> tuple[str, str]:
+    beginning = f"The secret number of {random.choice(words.names)} is"
+    return beginning, f"{beginning} {random.randrange(100_000, 1_000_000)}."
 
 
-def _password(random: Random, *, common: Sequence[str], words: Sequence[str], names: Sequence[str]) -> tuple[str, str]:  # noqa: ARG001
-    some = random.choice((common, words))
-    return (
-        f"The password of the {random.choice(common)} {random.choice(some)} is",
-        " ".join(random.choice(some) for _ in range(3)),
-    )
+def _password(random: Random, words: _Words) -> tuple[str, str]:
+    some = random.choice((words.common, words.all))
+    beginning = f"The password of the {random.choice(words.common)} {random.choice(some)} is"
+    return beginning, f"{beginning} {' '.join(random.choice(some) for _ in range(3))}."
 
 
-FACT_FORMS = (_secret, _password)
-"""Those that `dsv3 eval needle` asks for, in other words and with other names."""
+FACT_FORMS: tuple[Callable[[Random, _Words], tuple[str, str]], ...] = (_secret, _password)
+"""Those of needles, in other words; the first words of a fact, and the whole of it."""

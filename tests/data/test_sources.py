@@ -26,7 +26,7 @@ def documents(name, *, count=None):
 
 
 def test_the_quickstart_mixture_names_every_built_in_source_but_exercises_and_weighs_it():
-    exercises = {"recall", "cycles"}
+    exercises = {"recall", "facts", "cycles"}
     assert {source.path.removeprefix(BUILTIN) for source in DEFAULT_SOURCES} == set(READERS) - exercises
     assert sum(source.weight for source in DEFAULT_SOURCES) == pytest.approx(1)
     assert all(source.weight > 0 for source in DEFAULT_SOURCES)
