@@ -58,8 +58,8 @@ class Sizes:
     num_prompts: int
     soak_seconds: float
     kill_every_seconds: float
-    """A worker that dies five times within a minute of its start is given up, as it should be. One that shares experts
-    takes its group with it when it is killed, so that those are killed half as often, for twice as long."""
+    """One that shares experts takes its group with it when it is killed, so that those are killed half as often, for
+    twice as long."""
     load_seconds: float
     repeats: int
     rate: float

@@ -28,7 +28,7 @@ MOST_FAILED_STARTS = 5
 """Of a worker one after another, before it is given up."""
 PAUSE_SECONDS = (0.2, 30.0)
 """Before a worker is started again: at first, and at most."""
-LONG_LIVED_SECONDS = 60.0
+LONG_LIVED_SECONDS = 10.0
 """A worker that lasted so long has not failed to start."""
 WATCH_SECONDS = 0.2
 

@@ -1,6 +1,7 @@
 """Workers that share experts are a group: up together, woken together, started again together."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 
@@ -124,6 +125,26 @@ def test_one_that_ends_while_others_of_its_group_begin_is_not_overlooked(fleet, 
         assert [slot.num_restarts for slot in fleet.slots] == [0, 0, 1, 1]
         assert all(slot.is_up for slot in fleet.slots)
         assert fleet.heard.count(("ready", "decode-1")) == 1
+
+    asyncio.run(use())
+
+
+@pytest.mark.parametrize(("lasts", "is_given_up"), [(9.0, True), (11.0, False)])
+def test_only_starts_that_do_not_last_are_counted_against_a_group(fleet, monkeypatch, lasts, is_given_up):
+    """Whoever kills one every half minute ends no server."""
+    now = 0.0
+    monkeypatch.setattr(fleet_module, "time", SimpleNamespace(monotonic=lambda: now))
+
+    async def use():
+        nonlocal now
+        await fleet.start()
+        for _ in range(8):
+            now += lasts
+            if (worker := fleet.of(Kind.DECODE)[0].worker) is not None:
+                worker.end()
+            await settle(fleet)
+        assert [slot.is_given_up for slot in fleet.slots] == [False, False, is_given_up, is_given_up]
+        assert (("dead", "") in fleet.heard) == is_given_up
 
     asyncio.run(use())
 
