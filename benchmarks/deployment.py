@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import median
@@ -203,6 +203,8 @@ class Soak:
     num_placed_again: float = 0.0
     pages_held: float = 0.0
     seconds: float = 0.0
+    others: list[tuple[str, str]] = field(default_factory=list)
+    """What was said, and what one process says there, where these are not the same."""
 
 
 def soak_with_kills(url: str, prompts: Sequence[dict[str, object]], *, expected: Sequence[str], sizes: Sizes) -> Soak:
@@ -212,7 +214,8 @@ def soak_with_kills(url: str, prompts: Sequence[dict[str, object]], *, expected:
         while time.monotonic() - began < sizes.soak_seconds:
             said = asyncio.run(answers(url, prompts))
             soak.num_asked += len(said)
-            soak.num_same += sum(mine == theirs for mine, theirs in zip(said, expected, strict=True))
+            soak.others += [(mine, theirs) for mine, theirs in zip(said, expected, strict=True) if mine != theirs]
+            soak.num_same = soak.num_asked - len(soak.others)
     soak.seconds = time.monotonic() - began
     soak.num_kills = len(killed)
     deadline = time.monotonic() + 60
