@@ -215,8 +215,8 @@ def soak_with_kills(url: str, prompts: Sequence[dict[str, object]], *, expected:
             said = asyncio.run(answers(url, prompts))
             soak.num_asked += len(said)
             soak.others += [(mine, theirs) for mine, theirs in zip(said, expected, strict=True) if mine != theirs]
-            soak.num_same = soak.num_asked - len(soak.others)
     soak.seconds = time.monotonic() - began
+    soak.num_same = soak.num_asked - len(soak.others)
     soak.num_kills = len(killed)
     deadline = time.monotonic() + 60
     while True:
