@@ -11,7 +11,7 @@ from dsv3.parallel.launch import open_ranks
 for _ in range(3):
     time.sleep(0.7 * int(os.environ["RANK"]))  # the first is there long before the second
     with open_ranks(ParallelConfig(timeout_seconds=30), model=ModelConfig(), sequence_length=8) as ranks:
-        os.write(1, f"{ranks.size}\n".encode())  # at once: print() writes its line end apart
+        os.write(1, f"{ranks.size} ".encode())  # at once, as print() does not
 """
 
 
