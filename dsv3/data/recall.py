@@ -2,13 +2,14 @@
 
 Documents of recall are real text with statements between its lines, each of which is made once more further down: after
 its first words, the rest of it can only be known from where it stood before. The distances are even on a scale of
-octaves, from the line above to most of the document, and so are the lengths of the documents, so that rows of any
-length hold something to look for. A small model learns from easier documents first: to look back at all from lists of
+octaves for one half, from the line above to most of the document, and even over the rest of the document for the other,
+since a needle may lie anywhere; the lengths of the documents are octaves too, so that rows of any length hold something
+to look for. A small model learns from easier documents first: to look back at all from lists of
 words that go round and round, and to look for what a name tells apart from facts that are stated again and again. Ours;
 the report does not say what its long context was trained on.
 
-Half of the statements are of the forms that `dsv3 eval needle` hides and asks for, with names, words and numbers drawn
-at random.
+Three of five statements are of the forms that `dsv3 eval needle` hides and asks for, with names, words and numbers
+drawn at random.
 """
 
 from collections import Counter
@@ -25,6 +26,8 @@ SHORTEST = 400
 OCTAVES = 8
 """Lengths of documents, each twice the one before."""
 CHARACTERS_OF_AN_OCTAVE = 800_000
+CHARACTERS_OF_THE_LONGEST = 4_000_000
+"""Of the last two octaves each: the last phase of an extension sees no other documents fill its rows."""
 MAYBE_HELD_OUT = 0.1
 """Text whose hash falls below this may be held out of its own source, and is left out here: a rate of a tenth or less
 never trains on what it holds out."""
@@ -35,6 +38,8 @@ CYCLE_WORDS = (4, 16)
 """Words of a cycle, at least and at most."""
 COMMON_WORDS = 250
 """So many words are common: half of those of cycles. Recall is learned from them first, and from all others then."""
+FAMILIAR_WORDS = 4000
+"""So many are those that texts are about: a third of those of facts, as words that are common and all words are."""
 FACTS = 24_000
 FACT_CHARACTERS = 600
 """Of a document of facts, or so."""
@@ -44,11 +49,13 @@ TEXT_WORDS = 12
 """Of each of these lines, so many words at most: a row of a hundred tokens must have place for facts as well."""
 NEAREST = 60
 """Characters from a statement to the next time that it is made, at least."""
-NEW_SHARE = 0.4
-"""Of the lines that repeat nothing, so many state something; the others are lines of the text."""
-LIST_SHARE, FACT_SHARE = 0.3, 0.5
+NEW_SHARES = (0.1, 0.4, 0.7)
+"""Of the lines of a document that repeat nothing, so many state something; the others are lines of the text."""
+LIST_SHARE, FACT_SHARE = 0.2, 0.6
 """Of the statements, so many are no sentence but a list of words, where nothing but memory helps, and so many are facts
 as `facts` has them; the others are sentences of other forms."""
+FAR_SHARE = 0.5
+"""Of what is stated again, so much at a distance that is even over the rest of the document."""
 AGAIN_SHARE = 0.75
 """So many statements are made once more, after each time."""
 PATTERNS = (
@@ -67,8 +74,9 @@ class _Words:
     """What statements are made of."""
 
     common: list[str]
+    familiar: list[str]
     all: list[str]
-    """In lower case, the common ones too; each once."""
+    """In lower case, the common and the familiar ones too; each once."""
     names: list[str]
     """Words that begin with a capital letter where no line begins."""
 
@@ -77,8 +85,10 @@ class _Words:
         """Return those of lines."""
         counts = Counter(word for line in lines for word in line.split() if word.isalpha() and word.islower())
         names = {word for line in lines for word in line.split()[1:] if word.isalpha() and word.istitle()}
-        common = [word for word, _ in counts.most_common(COMMON_WORDS)]
-        return cls(common=common, all=sorted(counts), names=sorted(names))
+        ranked = [word for word, _ in counts.most_common()]
+        return cls(
+            common=ranked[:COMMON_WORDS], familiar=ranked[:FAMILIAR_WORDS], all=sorted(counts), names=sorted(names)
+        )
 
 
 def cycle_documents(text: Sequence[str], *, seed: int = 0) -> Iterator[Document]:
@@ -129,7 +139,8 @@ def recall_documents(text: Sequence[str], *, seed: int = 0) -> Iterator[Document
     words = _Words.of(lines)
     for octave in range(OCTAVES):
         characters = SHORTEST * 2**octave
-        for number in range(CHARACTERS_OF_AN_OCTAVE // characters):
+        all_characters = CHARACTERS_OF_THE_LONGEST if octave >= OCTAVES - 2 else CHARACTERS_OF_AN_OCTAVE
+        for number in range(all_characters // characters):
             random = Random(f"{seed} {octave} {number}")
             text_lines = _recalling(random, lines=lines, words=words, characters=characters)
             yield Document(name=f"recall#{characters}-{number}", text="\n".join(text_lines))
@@ -145,6 +156,7 @@ def _recalling(random: Random, *, lines: list[str], words: _Words, characters: i
     """Yield the lines of one document."""
     # A few words and names for each document, so that many statements begin alike and differ in one place.
     few_words, few_names = random.sample(words.all, 24), random.sample(words.names, 6)
+    new_share = random.choice(NEW_SHARES)
     at = random.randrange(len(lines))
     due: list[tuple[int, str]] = []  # by the character at which they are to be made again
     written = 0
@@ -153,7 +165,7 @@ def _recalling(random: Random, *, lines: list[str], words: _Words, characters: i
         again = 1.0
         if due and due[0][0] <= written:
             line, again = heappop(due)[1], AGAIN_SHARE
-        elif random.random() < NEW_SHARE:
+        elif random.random() < new_share:
             kind = random.random()
             if kind < LIST_SHARE:
                 beginning = line = " ".join(random.choice(few_words) for _ in range(random.randrange(3, 13)))
@@ -168,7 +180,10 @@ def _recalling(random: Random, *, lines: list[str], words: _Words, characters: i
             line, again = lines[at % len(lines)], 0.0
             at += 1
         if random.random() < again:
-            distance = NEAREST * (characters / NEAREST) ** random.random()
+            if random.random() < FAR_SHARE:
+                distance = random.uniform(NEAREST, max(NEAREST, characters - written))
+            else:
+                distance = NEAREST * (characters / NEAREST) ** random.random()
             heappush(due, (written + round(distance), line))
         yield line
         written += len(line) + 1
@@ -200,8 +215,9 @@ def _secret(random: Random, words: _Words) -> tuple[str, str]:
 
 
 def _password(random: Random, words: _Words) -> tuple[str, str]:
-    some = random.choice((words.common, words.all))
-    beginning = f"The password of the {random.choice(words.common)} {random.choice(some)} is"
+    some = random.choice((words.common, words.familiar, words.all))
+    which = random.choice((words.common, words.familiar))
+    beginning = f"The password of the {random.choice(which)} {random.choice(some)} is"
     return beginning, f"{beginning} {' '.join(random.choice(some) for _ in range(3))}."
 
 

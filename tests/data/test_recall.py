@@ -35,7 +35,7 @@ def documents():
     return list(recall_documents(TEXT))
 
 
-def test_lengths_are_octaves_with_as_much_text_in_each(documents):
+def test_lengths_are_octaves_and_more_text_is_in_the_longest(documents):
     sizes = [int(document.name.split("#")[1].split("-")[0]) for document in documents]
     characters = Counter()
     for size, document in zip(sizes, documents, strict=True):
@@ -43,14 +43,16 @@ def test_lengths_are_octaves_with_as_much_text_in_each(documents):
         characters[size] += size
     assert sorted(characters) == [SHORTEST * 2**octave for octave in range(len(characters))]
     assert len(characters) == 8
-    assert max(characters.values()) < 1.1 * min(characters.values())
+    *short, before_last, last = (characters[size] for size in sorted(characters))
+    assert max(short) < 1.1 * min(short)
+    assert 4.5 * max(short) < last <= before_last < 5.5 * min(short)
 
 
 def test_lines_that_are_not_of_the_text_are_new_or_were_there_before_at_every_distance(documents):
-    """Distances are even over octaves: in long documents no octave of them is left out."""
+    """In long documents no octave of distances is left out, and half are even over the document."""
     known = {line.strip() for document in TEXT for line in document.splitlines()}
     distances = Counter()
-    for document in documents[-12:]:
+    for document in documents[-78:]:
         lines, last, at = document.text.split("\n"), {}, 0
         for line in lines:
             if line not in known:
@@ -60,7 +62,8 @@ def test_lines_that_are_not_of_the_text_are_new_or_were_there_before_at_every_di
             at += len(line) + 1
     octaves = range(NEAREST.bit_length() + 1, 15)
     counts = [distances[octave] for octave in octaves]
-    assert min(counts) > 0.2 * max(counts)
+    assert min(counts) > 0.1 * max(counts)
+    assert sum(counts[-2:]) > 0.3 * sum(counts)
 
 
 def test_what_begins_a_statement_never_ends_in_two_ways(documents):
@@ -86,11 +89,11 @@ def facts_of(text):
     return [line for line in text.split("\n") if line.startswith(("The secret number of ", "The password of the "))]
 
 
-def test_statements_are_half_facts_of_both_kinds_of_needles(documents):
+def test_most_statements_are_facts_of_both_kinds_of_needles(documents):
     known = {line.strip() for document in TEXT for line in document.splitlines()}
     lines = [line for document in documents[:200] for line in document.text.split("\n") if line not in known]
     facts = facts_of("\n".join(lines))
-    assert 0.4 < len(facts) / len(lines) < 0.6
+    assert 0.5 < len(facts) / len(lines) < 0.7
     numbers = [fact for fact in facts if fact.startswith("The secret number")]
     assert 0.4 < len(numbers) / len(facts) < 0.6
     for fact in numbers:

@@ -1,6 +1,5 @@
 import pytest
 
-from dsv3.recipes.extension import extension
 from dsv3.reproduce import niah
 
 
@@ -8,8 +7,11 @@ def test_a_model_of_short_rows_may_be_asked_as_far_as_it_is_extended():
     base = niah.config_for("base", quick=False)
     assert base.batch.sequence_length == 128
     assert base.model.max_position_embeddings == 8192
-    phases = extension(base, lengths=niah.LENGTHS, steps=niah.EXTENSION_STEPS, learning_rate=niah.EXTENSION_RATE)
+    phases = niah.phases_after(base, quick=False)
     assert [phase.batch.sequence_length for phase in phases] == [1024, 8192]
+    for phase in phases:
+        assert phase.batch.final_sequences % (2 * phase.batch.micro_batch_sequences) == 0, "two ranks may share a step"
+        assert phase.total_tokens % (phase.batch.final_sequences * phase.batch.sequence_length) == 0
     assert {phase.model.rope_scaling.original_max_position_embeddings for phase in phases} == {128}
 
 
