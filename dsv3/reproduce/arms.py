@@ -17,8 +17,8 @@ from dsv3.data.prepare import prepare_corpus
 from dsv3.recipes import tiny
 from dsv3.recipes.milestones import learning_rate, milestones
 from dsv3.reproduce.experiment import Ask
+from dsv3.reproduce.training import train_to_the_end
 from dsv3.runtime.hold import hold_folder
-from dsv3.train.loop import pretrain
 from dsv3.train.run_folder import lend_corpus
 
 SMALL = (
@@ -152,8 +152,7 @@ def _train(config: PretrainConfig, *, folder: Path, root: Path) -> TrainedRun:
     with hold_folder(shared, lock=".lock", doing="preparing text", option="--runs"):
         prepare_corpus(config, folder=shared)
     lend_corpus(shared.resolve(), folder=folder)
-    if pretrain(config, folder=folder).interrupted:
-        raise KeyboardInterrupt
+    train_to_the_end(config, folder=folder)
     return read_run(folder)
 
 

@@ -41,7 +41,7 @@ from dsv3.recipes import tiny
 from dsv3.report.bars import Group, draw_bars
 from dsv3.reproduce.experiment import Ask, Outcome, Picture
 from dsv3.reproduce.finding import Order
-from dsv3.train.loop import pretrain
+from dsv3.reproduce.training import train_to_the_end
 
 STEPS, DIVISOR = 5, 5
 LENGTH = 128
@@ -207,7 +207,7 @@ def begin(problems: Sequence[Problem], *, folder: Path) -> Path:
         evaluation=EvaluationConfig(every_steps=1000),
         snapshot=SnapshotConfig(every_steps=200),
     )
-    pretrain(config, folder=folder / "base")
+    train_to_the_end(config, folder=folder / "base")
     return folder / "base"
 
 

@@ -1,5 +1,3 @@
-import pytest
-
 from dsv3.reproduce import niah
 
 
@@ -22,9 +20,3 @@ def test_the_haystack_has_no_text_that_is_made_up():
         *niah.REAL,
         *niah.GENERATED,
     }
-
-
-def test_a_run_that_a_signal_stopped_stops_all(monkeypatch, tmp_path):
-    monkeypatch.setattr(niah, "pretrain", lambda config, folder: type("R", (), {"interrupted": True}))
-    with pytest.raises(KeyboardInterrupt):
-        niah.to_the_end(niah.config_for("base", quick=True), folder=tmp_path)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dsv3.errors import ConfigError
-from dsv3.reproduce import arms, balancing, fp8, specialisation
+from dsv3.reproduce import arms, balancing, fp8, specialisation, training
 from dsv3.reproduce.catalogue import EXPERIMENTS, find
 from dsv3.reproduce.experiment import Ask, Outcome
 from dsv3.reproduce.finding import Number
@@ -33,7 +33,7 @@ def own_text(tmp_path, monkeypatch):
 def test_balancing_trains_judges_and_goes_on_where_it_was(tmp_path, monkeypatch):
     root, told = tmp_path / "runs", []
     trained = []
-    real = arms.pretrain
+    real = training.pretrain
 
     def pretrain(config, *, folder):
         trained.append(folder.name)
@@ -41,7 +41,7 @@ def test_balancing_trains_judges_and_goes_on_where_it_was(tmp_path, monkeypatch)
             raise KeyboardInterrupt
         return real(config, folder=folder)
 
-    monkeypatch.setattr(arms, "pretrain", pretrain)
+    monkeypatch.setattr(training, "pretrain", pretrain)
     with pytest.raises(KeyboardInterrupt):
         reproduce(find("balancing"), root=root, seeds=1, tokens=TOKENS, tell=told.append)
     assert json.loads((root / "balancing" / CLOCK).read_text())["seconds"] > 0
@@ -63,7 +63,7 @@ def test_balancing_trains_judges_and_goes_on_where_it_was(tmp_path, monkeypatch)
     assert len({round(run.losses[0], 3) for run in runs}) == 1
 
     # Finished: nothing is trained any more.
-    monkeypatch.setattr(arms, "pretrain", None)
+    monkeypatch.setattr(training, "pretrain", None)
     assert reproduce(find("balancing"), root=root, seeds=1, tokens=TOKENS, tell=told.append) == record
     assert "remove" in told[-1]
 
