@@ -38,8 +38,9 @@ CYCLE_WORDS = (4, 16)
 """Words of a cycle, at least and at most."""
 COMMON_WORDS = 250
 """So many words are common: half of those of cycles. Recall is learned from them first, and from all others then."""
-FAMILIAR_WORDS = 4000
-"""So many are those that texts are about: a third of those of facts, as words that are common and all words are."""
+FAMILIAR_WORDS = 2500
+"""So many are those that texts are about, most of them one token. A model learns to say a word again by having said it,
+and of all words, each as often as the others, it would see each of these a few times only."""
 FACTS = 24_000
 FACT_CHARACTERS = 600
 """Of a document of facts, or so."""
@@ -94,13 +95,14 @@ class _Words:
 def cycle_documents(text: Sequence[str], *, seed: int = 0) -> Iterator[Document]:
     """Yield documents that are each one list of words and numbers, said again and again."""
     lines = _lines(text)
-    common = _Words.of(lines).common
+    words = _Words.of(lines)
     others = sorted({word for line in lines for word in line.split() if word.isalpha()})
     for number in range(CYCLES):
         random = Random(f"{seed} cycle {number}")
-        cycle = random.sample(common, random.randint(*CYCLE_WORDS))
+        cycle = random.sample(words.common, random.randint(*CYCLE_WORDS))
         for place in range(1, len(cycle), 2):
-            cycle[place] = random.choice((random.choice(others), str(random.randrange(10 ** random.randint(1, 6)))))
+            word = random.choice(random.choice((words.familiar, others)))
+            cycle[place] = random.choice((word, str(random.randrange(10 ** random.randint(1, 6)))))
         times = 1 + CYCLE_CHARACTERS // len(" ".join(cycle))
         yield Document(name=f"cycle#{number}", text=" ".join(cycle * times))
 
@@ -155,7 +157,9 @@ def _lines(text: Sequence[str]) -> list[str]:
 def _recalling(random: Random, *, lines: list[str], words: _Words, characters: int) -> Iterator[str]:
     """Yield the lines of one document."""
     # A few words and names for each document, so that many statements begin alike and differ in one place.
-    few_words, few_names = random.sample(words.all, 24), random.sample(words.names, 6)
+    few_words = [*random.sample(words.familiar, 12), *random.sample(words.all, 12)]
+    few_names = random.sample(words.names, 6)
+    random.shuffle(few_words)
     new_share = random.choice(NEW_SHARES)
     at = random.randrange(len(lines))
     due: list[tuple[int, str]] = []  # by the character at which they are to be made again
@@ -215,9 +219,8 @@ def _secret(random: Random, words: _Words) -> tuple[str, str]:
 
 
 def _password(random: Random, words: _Words) -> tuple[str, str]:
-    some = random.choice((words.common, words.familiar, words.all))
-    which = random.choice((words.common, words.familiar))
-    beginning = f"The password of the {random.choice(which)} {random.choice(some)} is"
+    some = random.choice((words.familiar, words.familiar, words.all))
+    beginning = f"The password of the {random.choice(words.familiar)} {random.choice(some)} is"
     return beginning, f"{beginning} {' '.join(random.choice(some) for _ in range(3))}."
 
 
