@@ -2,10 +2,11 @@
 
 A model of 4 layers learns to look back from lists of words that go round and round, is pre-trained on rows of 128
 tokens of facts stated again and again, of documents of recall and of real text, and is extended as by `dsv3 extend` to
-1,024 and 8,192 tokens, on two cores; `runs/long_context` keeps it, and a call that was stopped goes on. Needles of
-three kinds, whose forms it has been taught with other words and numbers, are then hidden in held-out text at 15 depths
-of 15 lengths up to 8,192 tokens, for the extended model and for the one before it. Perplexity is measured by position,
-and for the pre-trained weights under four ways of scaling positions.
+1,024 and 8,192 tokens, on two cores. `runs/reproduce/niah` keeps it, where `dsv3 reproduce niah` trains the same one,
+and a call that was stopped goes on. Needles of three kinds, whose forms it has been taught with other words and
+numbers, are then hidden in held-out text at 15 depths of 15 lengths up to 8,192 tokens, for the extended model and for
+the one before it. Perplexity is measured by position, and for the pre-trained weights under four ways of scaling
+positions.
 
 Training steps on ever longer rows show that memory grows with their length, and time as well but for attention. A
 context of 131,072 tokens is filled by the engine, gone on with after 1,024 tokens and ever more, and asked again with a
@@ -38,7 +39,7 @@ from dsv3.report.needle import draw_needles
 from dsv3.report.positions import draw_positions
 from dsv3.reproduce.niah import LENGTHS, REAL, TRAINED, train
 
-FOLDER = Path(__file__).parents[1] / "runs" / "long_context"
+FOLDER = Path(__file__).parents[1] / "runs" / "reproduce" / "niah"
 PICTURES = Path(__file__).parents[1] / "docs" / "long-context"
 GRID = 15
 NEEDLES_TARGET = 0.95
@@ -49,7 +50,7 @@ SERVED = 131_072
 
 def main() -> None:
     options = arguments(__doc__)
-    folder = FOLDER.with_name("long_context_quick") if options.quick else FOLDER
+    folder = FOLDER.with_name("niah_quick") if options.quick else FOLDER
     base, phases = train(folder, quick=options.quick)
     with tempfile.TemporaryDirectory() as scratch:
         pictures = Path(scratch) if options.quick else PICTURES

@@ -145,7 +145,6 @@ def _locally(config: CurationConfig, *, output: Path, items: "Iterator[Evaluatio
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
     from dsv3.data.curation.pipeline import curate
-    from dsv3.report.data_card import write_card
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
@@ -158,6 +157,13 @@ def _locally(config: CurationConfig, *, output: Path, items: "Iterator[Evaluatio
             progress.update(shown[stage], completed=done)
 
         curate(config, output=output, items=items, workers=workers or _cores(), progress=told)
+    _tell(output)
+
+
+def _tell(output: Path) -> None:
+    """Say what a finished corpus is made of."""
+    from dsv3.report.data_card import write_card
+
     page = write_card(output)
     for line in composition(output):
         typer.echo(line)
@@ -178,7 +184,6 @@ def _on_cluster(
 ) -> None:
     from dsv3.data.curation.cluster import run_on_ray, submit_to_slurm
     from dsv3.data.curation.pipeline import WORK, begin, stages
-    from dsv3.report.data_card import write_card
     from dsv3.runtime.hold import hold_folder
 
     with hold_folder(output, lock=".lock", doing="preparing a corpus", option="--output"):
@@ -191,7 +196,7 @@ def _on_cluster(
                 typer.echo(f"at the end: dsv3 data card {output}; after a failure, the same command goes on")
                 return
             run_on_ray(wanted, output=output.absolute(), options=options)
-    typer.echo(f"what was dropped and why: {write_card(output)}")
+    _tell(output)
 
 
 def composition(output: Path) -> list[str]:

@@ -145,6 +145,7 @@ def data(names: Sequence[str], *, weights: Sequence[float]) -> DataConfig:
 
 def train(folder: Path, *, quick: bool) -> tuple[Path, list[Path]]:
     """Train what has not been trained yet; return the pre-trained run and the phases of its extension."""
+    folder = folder.resolve()  # The settings say where the tokenizer is, and must say it alike from anywhere.
     cycles, base = (config_for(name, quick=quick) for name in ("cycles", "base"))
     prepare_corpus(replace(base, data=data(REAL, weights=(0.4, 0.3, 0.3))), folder=folder / "text")
     cycles, base = (with_tokenizer(config, folder=folder / "text" / "tokenizer") for config in (cycles, base))

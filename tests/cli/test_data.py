@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -194,8 +195,6 @@ def test_slurm_is_given_stage_after_stage_and_ends_with_the_same_bytes(raw, corp
     """Slurm's commands are stood in for by shell scripts that run what they are given."""
     tools = tmp_path / "bin"
     tools.mkdir()
-    import sys
-
     srun = f'#!/bin/sh\nshift 3\ncommand=$1\nshift\nexec "{Path(sys.executable).parent}/$command" "$@"\n'
     for name, script in (("sbatch", SBATCH), ("srun", srun), ("scontrol", "#!/bin/sh\necho here\n")):
         (tools / name).write_text(script)
@@ -218,3 +217,40 @@ def test_slurm_is_given_stage_after_stage_and_ends_with_the_same_bytes(raw, corp
     for file in corpus.glob("sources/*/*.bin"):
         assert (output / file.relative_to(corpus)).read_bytes() == file.read_bytes()
     assert json.loads((output / "data_card.json").read_text())["groups"]
+
+
+@pytest.mark.slow
+def test_ray_runs_all_stages_and_ends_with_the_same_bytes(raw, corpus, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("ray")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]))
+    output = tmp_path / "out"
+    assert run(*arguments(raw, output), "--executor", "ray", "--workers", "1", "--memory", "1") == 0
+    assert "prose/english: " in capsys.readouterr().out
+    for file in corpus.glob("sources/*/*.bin"):
+        assert (output / file.relative_to(corpus)).read_bytes() == file.read_bytes()
+    assert sorted(path.name for path in (output / "work").iterdir()) == sorted(
+        path.name for path in (corpus / "work").iterdir()
+    )
+
+
+def test_a_stage_whose_tasks_fail_on_ray_is_the_last_one(raw, tmp_path, monkeypatch, capsys):
+    """datatrove's executor returns as if nothing had happened; Ray is stood in for."""
+    begun = []
+
+    class Executor:
+        def __init__(self, steps, *, tasks, logging_dir, **_):
+            self.name, self.tasks = Path(logging_dir).name, tasks
+
+        def run(self):
+            begun.append(self.name)
+
+        def get_incomplete_ranks(self):
+            return [1] if self.name == "pairs" else []
+
+    monkeypatch.setitem(sys.modules, "ray", type(sys)("ray"))
+    monkeypatch.setattr("datatrove.executor.ray.RayPipelineExecutor", Executor)
+    assert run(*arguments(raw, tmp_path / "out"), "--executor", "ray") == 2
+    assert begun == ["documents", "pairs"]
+    error = capsys.readouterr().err
+    assert "1 of the 3 tasks of stage 'pairs' failed on Ray, task 1 among them" in error
+    assert "logs/pairs/logs says why" in error

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv3.data.curation.pipeline import WORK, Stage
-from dsv3.errors import ConfigError
+from dsv3.data.curation.pipeline import WORK, Stage, tidy
+from dsv3.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,21 +69,30 @@ def run_on_ray(stages: list[Stage], *, output: Path, options: ClusterOptions) ->
 
     Raises:
         ConfigError: Ray is not installed.
+        DataError: a task failed; what comes after its stage has not been begun.
     """
     try:
         import ray  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            "--executor ray needs the package 'ray', which this machine does not have: pip install ray"
+            "--executor ray needs the package 'ray', which this machine does not have: pip install 'dsv3[ray]'"
         ) from error
     from datatrove.executor.ray import RayPipelineExecutor
 
     for stage in stages:
+        logs = output / WORK / "logs" / stage.name
         executor: Any = RayPipelineExecutor(
             stage.steps(),
             tasks=stage.tasks,
             workers=options.workers,
             mem_per_cpu_gb=options.memory_gb,
-            logging_dir=str(output / WORK / "logs" / stage.name),
+            logging_dir=str(logs),
         )
         executor.run()
+        # It returns all the same when tasks have failed.
+        if failed := executor.get_incomplete_ranks():
+            raise DataError(
+                f"{len(failed)} of the {stage.tasks} tasks of stage '{stage.name}' failed on Ray, task {failed[0]} "
+                f"among them; {logs}/logs says why, and the same command goes on from there"
+            )
+    tidy(output)
