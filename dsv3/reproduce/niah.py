@@ -39,10 +39,10 @@ GENERATED, REAL = ("cycles", "facts", "recall"), ("bible", "shakespeare", "stdli
 CYCLES_WEIGHTS = (0.86, 0.10, 0.01, 0.01, 0.01, 0.01)
 BASE_WEIGHTS = (0.05, 0.65, 0.08, 0.07, 0.07, 0.08)
 EXTENSION_WEIGHTS = (0.02, 0.13, 0.55, 0.10, 0.10, 0.10)
-CYCLES_TOKENS, BASE_TOKENS = 5_000_000, 10_000_000
+CYCLES_TOKENS, BASE_TOKENS = 4_500_000, 10_000_000
 CYCLES_RATE, BASE_RATE = 3e-3, 2e-3
 TRAINED, LENGTHS = 128, (1024, 8192)
-EXTENSION_ROWS, EXTENSION_STEPS, EXTENSION_RATES = (6, 2), (400, 120), (1e-3, 5e-4)
+EXTENSION_ROWS, EXTENSION_STEPS, EXTENSION_RATES = (6, 2), (400, 110), (1e-3, 5e-4)
 """By phase; the rate rises, stays and falls to a tenth, since weights that were only just learned would not settle at
 one that stays, as the report's do."""
 RANKS = 2
