@@ -214,7 +214,9 @@ VALUES: tuple[Callable[[Random, Sequence[str]], str], ...] = (_number, _number, 
 
 
 def _secret(random: Random, words: _Words) -> tuple[str, str]:
-    beginning = f"The secret number of {random.choice(words.names)} is"
+    # Words as names too: those of the texts end in few ways, and the end of a name is what stands nearest to " is".
+    name = random.choice((random.choice(words.names), random.choice(words.all).title()))
+    beginning = f"The secret number of {name} is"
     return beginning, f"{beginning} {random.randrange(100_000, 1_000_000)}."
 
 

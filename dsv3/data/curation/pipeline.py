@@ -44,6 +44,8 @@ class Stage:
     name: str
     steps: Callable[[], list[Any]]
     tasks: int
+    begins_anew: bool = False
+    """What workers still hold of earlier stages is of no use to it and large: new ones take it up on this machine."""
 
 
 def stages(config: CurationConfig, *, folder: Path, tasks: int) -> list[Stage]:
@@ -59,7 +61,7 @@ def stages(config: CurationConfig, *, folder: Path, tasks: int) -> list[Stage]:
         Stage(name="pairs", steps=one(later_steps.FindPairs), tasks=bands_of(config.duplicates)),
         Stage(name="groups", steps=one(later_steps.GroupCopies), tasks=1),
         Stage(name="tokenizer", steps=one(later_steps.MakeTokenizer), tasks=1),
-        Stage(name="shards", steps=one(later_steps.WriteShards), tasks=tasks),
+        Stage(name="shards", steps=one(later_steps.WriteShards), tasks=tasks, begins_anew=True),
         Stage(name="finish", steps=one(later_steps.Finish), tasks=1),
     ]
 
@@ -91,6 +93,8 @@ def curate(
 
         with Workers(workers) as pool:
             for stage in stages(config, folder=output / WORK, tasks=tasks):
+                if stage.begins_anew and stage.tasks > workers:  # fewer are done before new workers are there
+                    pool.end()
                 executor = LocalExecutor(
                     stage.steps(),
                     tasks=stage.tasks,

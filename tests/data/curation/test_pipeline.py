@@ -18,6 +18,7 @@ pytest.importorskip("datatrove", reason="needs the extra 'data'")
 from dsv3.config.curation import CurationConfig, DuplicateConfig, InputConfig, QualityConfig, TokensConfig
 from dsv3.data.curation.evaluation_items import EvaluationItem
 from dsv3.data.curation.kinds import READABLE
+from dsv3.data.curation.local import Workers
 from dsv3.data.curation.pipeline import check_output, curate
 from dsv3.data.prepared import load_prepared
 from dsv3.data.shards import Shard, shard_files
@@ -177,6 +178,22 @@ def test_what_comes_out_does_not_hang_on_the_number_of_tasks(raw, prepared, tmp_
         card["settings"]["tasks"] = 0
     assert cards[0] == cards[1]
     assert (prepared / "tokenizer/tokenizer.json").read_bytes() == (many / "tokenizer/tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(("tasks", "ends"), [(3, 2), (1, 1)], ids=["many tasks", "one task"])
+def test_shards_are_written_by_new_workers_where_there_are_many_tasks(raw, tmp_path, monkeypatch, tasks, ends):
+    """What the first stage leaves in their memory would stay there on top."""
+    ended = []
+
+    def end(workers):
+        ended.append(sorted(path.name for path in (tmp_path / "out/work/logs").iterdir()))
+        real(workers)
+
+    real = Workers.end
+    monkeypatch.setattr(Workers, "end", end)
+    curate(replace(config_of(raw), tasks=tasks), output=tmp_path / "out", workers=2)
+    assert [("shards" in logs) for logs in ended] == [False, True][-ends:]
+    assert names_of(tmp_path / "out")
 
 
 def test_earlier_inputs_win_and_copies_across_sources_are_found(raw, tmp_path):
