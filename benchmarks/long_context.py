@@ -27,8 +27,6 @@ from long_context_parts.training import config_of
 from rich.console import Console
 from rich.table import Table
 
-from dsv3.data.prepared import load_prepared
-from dsv3.evals.evaluation import held_out_text
 from dsv3.evals.extension import compare_phases
 from dsv3.evals.needle import NeedleResult, find_needles
 from dsv3.evals.positions import PositionLoss, loss_by_position, whole_rows
@@ -37,7 +35,7 @@ from dsv3.infer.loaded import load
 from dsv3.plan.activations import activation_memory
 from dsv3.report.needle import draw_needles
 from dsv3.report.positions import draw_positions
-from dsv3.reproduce.niah import LENGTHS, REAL, TRAINED, train
+from dsv3.reproduce.niah import LENGTHS, TRAINED, haystack, real_text, train
 
 FOLDER = Path(__file__).parents[1] / "runs" / "reproduce" / "niah"
 PICTURES = Path(__file__).parents[1] / "docs" / "long-context"
@@ -76,14 +74,12 @@ def read(
     base: Path, *, phases: list[Path], pictures: Path, grid: int
 ) -> tuple[dict[str, NeedleResult], dict[str, list[PositionLoss]]]:
     """Look for needles before and after, and measure perplexity by position; draw all of it."""
-    documents = held_out_text(load_prepared(base / "corpus"), max_tokens=4 * ROWS * LENGTHS[-1]).documents
-    # Real text alone: in documents of recall other needles lie about.
-    real = {name: texts for name, texts in documents.items() if name in REAL}
-    haystack = [token for texts in real.values() for text in texts for token in text[1:]]
+    real = real_text(base, tokens=4 * ROWS * LENGTHS[-1])
+    hay = haystack(real)
     grids = {}
     for name, folder in (("before", base), ("after", phases[-1])):
         model = load(folder, weights="fp32", device="cpu")
-        grids[name] = find_needles(model, haystack=haystack, longest=LENGTHS[-1], size=grid)
+        grids[name] = find_needles(model, haystack=hay, longest=LENGTHS[-1], size=grid)
         draw_needles(grids[name], file=pictures / f"needles-{name}.png", title=f"{name} the extension")
     rows = whole_rows(real, length=LENGTHS[-1], most=8 if grid < GRID else ROWS)
     curves = {"extension": compare_phases(base, phases=phases, rows=len(rows), device="cpu"), "scalings": []}

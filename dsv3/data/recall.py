@@ -4,9 +4,9 @@ Documents of recall are real text with statements between its lines, each of whi
 its first words, the rest of it can only be known from where it stood before. The distances are even on a scale of
 octaves for one half, from the line above to most of the document, and even over the rest of the document for the other,
 since a needle may lie anywhere; the lengths of the documents are octaves too, so that rows of any length hold something
-to look for. A small model learns from easier documents first: to look back at all from lists of
-words that go round and round, and to look for what a name tells apart from facts that are stated again and again. Ours;
-the report does not say what its long context was trained on.
+to look for. A small model learns from easier documents first: to look back at all from lists of words that go round
+and round, and to look for what a name tells apart from facts that are stated again and again. Ours; the report does not
+say what its long context was trained on.
 
 Three of five statements are of the forms that `dsv3 eval needle` hides and asks for, with names, words and numbers
 drawn at random.
@@ -27,7 +27,7 @@ OCTAVES = 8
 """Lengths of documents, each twice the one before."""
 CHARACTERS_OF_AN_OCTAVE = 800_000
 CHARACTERS_OF_THE_LONGEST = 4_000_000
-"""Of the last two octaves each: the last phase of an extension sees no other documents fill its rows."""
+"""Of the last two octaves each: of all documents of recall only these fill the rows of an extension's last phase."""
 MAYBE_HELD_OUT = 0.1
 """Text whose hash falls below this may be held out of its own source, and is left out here: a rate of a tenth or less
 never trains on what it holds out."""

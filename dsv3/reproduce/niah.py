@@ -6,7 +6,7 @@ as by `dsv3 extend` to 1,024 and 8,192 tokens. Its vocabulary is real text's, so
 numbers are written digit by digit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,7 +56,7 @@ FOUND = 0.95
 def run(ask: Ask) -> Outcome:
     """Train, extend, and look for needles before and after."""
     base, phases = train(ask.folder, quick=False)
-    hay = haystack(base, tokens=8 * LENGTHS[-1])
+    hay = haystack(real_text(base, tokens=8 * LENGTHS[-1]))
     grids: dict[str, NeedleResult] = {}
     for name, folder, size in (("before", base, BEFORE_GRID), ("after", phases[-1], GRID)):
         model = load(folder, weights="fp32", device="cpu")
@@ -89,11 +89,15 @@ def run(ask: Ask) -> Outcome:
     )
 
 
-def haystack(run: Path, *, tokens: int) -> list[int]:
-    """Return held-out tokens of real text: in documents of recall other needles lie about."""
+def real_text(run: Path, *, tokens: int) -> dict[str, list[list[int]]]:
+    """Return held-out documents of real text by source: in documents of recall other needles lie about."""
     documents = held_out_text(load_prepared(run / "corpus"), max_tokens=tokens).documents
-    real = {name: texts for name, texts in documents.items() if name in REAL}
-    return [token for texts in real.values() for text in texts for token in text[1:]]
+    return {name: texts for name, texts in documents.items() if name in REAL}
+
+
+def haystack(documents: Mapping[str, Sequence[Sequence[int]]]) -> list[int]:
+    """Return the tokens of documents in a row, without those that begin each."""
+    return [token for texts in documents.values() for text in texts for token in text[1:]]
 
 
 def config_for(name: str, *, quick: bool) -> PretrainConfig:
