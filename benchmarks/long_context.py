@@ -4,9 +4,9 @@ A model of 4 layers learns to look back from lists of words that go round and ro
 tokens of facts stated again and again, of documents of recall and of real text, and is extended as by `dsv3 extend` to
 1,024 and 8,192 tokens, on two cores. `runs/reproduce/niah` keeps it, where `dsv3 reproduce niah` trains the same one,
 and a call that was stopped goes on. Needles of three kinds, whose forms it has been taught with other words and
-numbers, are then hidden in held-out text at 15 depths of 15 lengths up to 8,192 tokens, for the extended model and for
-the one before it. Perplexity is measured by position, and for the pre-trained weights under four ways of scaling
-positions.
+numbers, are then hidden in held-out text at 15 depths of 15 lengths up to 8,192 tokens, for the extended model, and at
+5 of 5 for the one before it. Perplexity is measured by position, and for the pre-trained weights under four ways of
+scaling positions.
 
 Training steps on ever longer rows show that memory grows with their length, and time as well but for attention. A
 context of 131,072 tokens is filled by the engine, gone on with after 1,024 tokens and ever more, and asked again with a
@@ -35,7 +35,7 @@ from dsv3.infer.loaded import load
 from dsv3.plan.activations import activation_memory
 from dsv3.report.needle import draw_needles
 from dsv3.report.positions import draw_positions
-from dsv3.reproduce.niah import LENGTHS, TRAINED, haystack, real_text, train
+from dsv3.reproduce.niah import BEFORE_GRID, LENGTHS, TRAINED, haystack, real_text, train
 
 FOLDER = Path(__file__).parents[1] / "runs" / "reproduce" / "niah"
 PICTURES = Path(__file__).parents[1] / "docs" / "long-context"
@@ -77,9 +77,9 @@ def read(
     real = real_text(base, tokens=4 * ROWS * LENGTHS[-1])
     hay = haystack(real)
     grids = {}
-    for name, folder in (("before", base), ("after", phases[-1])):
+    for name, folder, size in (("before", base, min(grid, BEFORE_GRID)), ("after", phases[-1], grid)):
         model = load(folder, weights="fp32", device="cpu")
-        grids[name] = find_needles(model, haystack=hay, longest=LENGTHS[-1], size=grid)
+        grids[name] = find_needles(model, haystack=hay, longest=LENGTHS[-1], size=size)
         draw_needles(grids[name], file=pictures / f"needles-{name}.png", title=f"{name} the extension")
     rows = whole_rows(real, length=LENGTHS[-1], most=8 if grid < GRID else ROWS)
     curves = {"extension": compare_phases(base, phases=phases, rows=len(rows), device="cpu"), "scalings": []}
@@ -175,7 +175,8 @@ def show(
     for column in ("tokens", *grids):
         table.add_column(column, justify="right")
     for length in grids["after"].lengths:
-        table.add_row(f"{length:,}", *(f"{grid.by_length()[length]:.0%}" for grid in grids.values()))
+        shares = (grid.by_length().get(length) for grid in grids.values())
+        table.add_row(f"{length:,}", *("" if share is None else f"{share:.0%}" for share in shares))
     console.print(table)
     table = Table(title="a training step on one row, recipe tiny")
     for column in ("tokens", "peak memory, MB", "seconds", "of them attention"):
