@@ -30,7 +30,7 @@ def config_of(tokens: int) -> PretrainConfig:
     return replace(
         base,
         model=replace(base.model, max_position_embeddings=tokens),
-        batch=BatchConfig(sequence_length=tokens, start_sequences=1, final_sequences=1, ramp_tokens=0, multiple_of=1),
+        batch=BatchConfig(sequence_length=tokens).steady(1),
         optim=replace(base.optim, ema_decay=0.0),
         recompute=RecomputeConfig(),
     )

@@ -40,13 +40,7 @@ def same_work(size: Size) -> PretrainConfig:
     """
     return PretrainConfig(
         model=size.model,
-        batch=BatchConfig(
-            sequence_length=size.sequence_length,
-            start_sequences=size.rows,
-            final_sequences=size.rows,
-            multiple_of=size.rows,
-            micro_batch_sequences=size.rows,
-        ),
+        batch=BatchConfig(sequence_length=size.sequence_length, micro_batch_sequences=size.rows).steady(size.rows),
         optim=OptimConfig(
             learning_rate=LearningRateConfig(peak=LEARNING_RATE, warmup_steps=0),
             beta1=BETAS[0],

@@ -1,6 +1,6 @@
 """Optimiser and schedules of pre-training (report 4.2). Every schedule is written in tokens, as published."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsv3.config.check import require_fraction, require_not_negative, require_positive
 from dsv3.errors import ConfigError
@@ -84,6 +84,10 @@ class BatchConfig:
             raise ConfigError(
                 f"batch.final_sequences = {self.final_sequences} is less than start_sequences = {self.start_sequences}"
             )
+
+    def steady(self, sequences: int) -> "BatchConfig":
+        """Return it with so many sequences in every step."""
+        return replace(self, start_sequences=sequences, final_sequences=sequences, ramp_tokens=0, multiple_of=sequences)
 
 
 @dataclass(frozen=True, kw_only=True)

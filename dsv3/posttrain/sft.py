@@ -110,11 +110,7 @@ def sft_settings(
         start_from=str(start_from.absolute()),
         optim=replace(base.optim, learning_rate=schedule, ema_decay=0.0),
         batch=replace(
-            base.batch,
-            start_sequences=lesson.rows_per_step,
-            final_sequences=lesson.rows_per_step,
-            multiple_of=lesson.rows_per_step,
-            ramp_tokens=0,
+            base.batch.steady(lesson.rows_per_step),
             micro_batch_sequences=min(base.batch.micro_batch_sequences, lesson.rows_per_step),
         ),
         mtp=MtpLossConfig(early_weight=base.mtp.late_weight, late_weight=base.mtp.late_weight, switch_tokens=0),

@@ -75,13 +75,9 @@ def _phase(config: PretrainConfig, *, length: int, rows: int, steps: int, rate: 
         config,
         total_tokens=total,
         batch=replace(
-            config.batch,
+            config.batch.steady(rows),
             sequence_length=length,
-            start_sequences=rows,
-            final_sequences=rows,
-            ramp_tokens=0,
             long_documents_first=True,
-            multiple_of=rows,
             # As many tokens at a time as before, or one row.
             micro_batch_sequences=max(1, config.batch.micro_batch_sequences * config.batch.sequence_length // length),
         ),

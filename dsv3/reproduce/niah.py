@@ -126,14 +126,7 @@ def config_for(name: str, *, quick: bool) -> PretrainConfig:
             max_position_embeddings=LENGTHS[-1],  # It may be asked there, though it has not been trained there.
         ),
         data=data(GENERATED + REAL, weights=weights),
-        batch=BatchConfig(
-            sequence_length=length,
-            start_sequences=rows,
-            final_sequences=rows,
-            ramp_tokens=0,
-            multiple_of=rows,
-            micro_batch_sequences=rows // RANKS,
-        ),
+        batch=BatchConfig(sequence_length=length, micro_batch_sequences=rows // RANKS).steady(rows),
         optim=OptimConfig(learning_rate=rate, ema_decay=0.995),
         balance=BalanceConfig(bias_update_speed=2e-3, bias_freeze_tokens=scaled.bias_freeze_tokens),
         evaluation=EvaluationConfig(every_steps=500, max_tokens=20_000),
@@ -184,7 +177,7 @@ def phases_after(base: PretrainConfig, *, quick: bool) -> list[PretrainConfig]:
             replace(
                 phase,
                 total_tokens=tokens,
-                batch=replace(phase.batch, start_sequences=rows, final_sequences=rows, multiple_of=rows),
+                batch=phase.batch.steady(rows),
                 optim=replace(
                     phase.optim,
                     learning_rate=LearningRateConfig(

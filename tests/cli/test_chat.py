@@ -64,7 +64,7 @@ def base_folder(tmp_path_factory, weights):
     """A pre-training run with one snapshot."""
     folder = tmp_path_factory.mktemp("run")
     model, tokenizer = weights
-    batch = BatchConfig(sequence_length=ROW_LENGTH, start_sequences=1, final_sequences=1, multiple_of=1)
+    batch = BatchConfig(sequence_length=ROW_LENGTH).steady(1)
     write_config(PretrainConfig(model=model.config, batch=batch), path=folder / "config.json")
     tokenizer.save(folder / "corpus" / "tokenizer")
     tensors = {"model": model.state_dict()}

@@ -106,7 +106,7 @@ def new_run(tmp_path, model_config, tokenizer):
     """A run folder that has a tokenizer and no weights yet."""
     config = PretrainConfig(
         model=model_config,
-        batch=BatchConfig(sequence_length=32, start_sequences=1, final_sequences=1, multiple_of=1),
+        batch=BatchConfig(sequence_length=32).steady(1),
     )
     folder = tmp_path / "run"
     write_config(config, path=folder / "config.json")

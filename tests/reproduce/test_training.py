@@ -30,14 +30,7 @@ def config(tmp_path):
         total_tokens=STEPS * ROWS * LENGTH,
         model=replace(start.model, vocab_size=320, num_nextn_predict_layers=0),
         data=DataConfig(sources=(SourceConfig(path=str(text)),), held_out_rate=0.0, fim_rate=0.0),
-        batch=BatchConfig(
-            sequence_length=LENGTH,
-            start_sequences=ROWS,
-            final_sequences=ROWS,
-            ramp_tokens=0,
-            multiple_of=ROWS,
-            micro_batch_sequences=ROWS // 2,
-        ),
+        batch=BatchConfig(sequence_length=LENGTH, micro_batch_sequences=ROWS // 2).steady(ROWS),
         evaluation=EvaluationConfig(every_steps=1000),
     )
 
