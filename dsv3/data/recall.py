@@ -31,20 +31,22 @@ CHARACTERS_OF_THE_LONGEST = 4_000_000
 MAYBE_HELD_OUT = 0.1
 """Text whose hash falls below this may be held out of its own source, and is left out here: a rate of a tenth or less
 never trains on what it holds out."""
-CYCLES = 12_000
+CYCLES = 18_000
 CYCLE_CHARACTERS = 600
 """Of a document of cycles, or so."""
-CYCLE_WORDS = (4, 16)
+CYCLE_WORDS = (3, 12)
 """Words of a cycle, at least and at most."""
+NUMBER_SHARE = 0.1
+"""Of the words of a cycle, so many are numbers instead; a number is several tokens."""
 COMMON_WORDS = 250
-"""So many words are common: half of those of cycles. Recall is learned from them first, and from all others then."""
+"""So many words are common: those of a third of all cycles. Looking back is learned from them first."""
 FAMILIAR_WORDS = 2500
 """So many are those that texts are about, most of them one token. A model learns to say a word again by having said it,
 and of all words, each as often as the others, it would see each of these a few times only."""
 FACTS = 24_000
 FACT_CHARACTERS = 600
 """Of a document of facts, or so."""
-FACTS_OF_A_DOCUMENT = {0.0: 6, 0.3: 6, 0.6: 3, 0.8: 3}
+FACTS_OF_A_DOCUMENT = {0.0: 4, 0.3: 4, 0.6: 3, 0.8: 2}
 """By the share of its lines that are lines of the text: so many at most, or a row would not have them twice."""
 TEXT_WORDS = 12
 """Of each of these lines, so many words at most: a row of a hundred tokens must have place for facts as well."""
@@ -99,10 +101,10 @@ def cycle_documents(text: Sequence[str], *, seed: int = 0) -> Iterator[Document]
     others = sorted({word for line in lines for word in line.split() if word.isalpha()})
     for number in range(CYCLES):
         random = Random(f"{seed} cycle {number}")
-        cycle = random.sample(words.common, random.randint(*CYCLE_WORDS))
-        for place in range(1, len(cycle), 2):
-            word = random.choice(random.choice((words.familiar, others)))
-            cycle[place] = random.choice((word, str(random.randrange(10 ** random.randint(1, 6)))))
+        cycle = random.sample(random.choice((words.common, words.familiar, others)), random.randint(*CYCLE_WORDS))
+        for place in range(len(cycle)):
+            if random.random() < NUMBER_SHARE:
+                cycle[place] = str(random.randrange(10 ** random.randint(1, 6)))
         times = 1 + CYCLE_CHARACTERS // len(" ".join(cycle))
         yield Document(name=f"cycle#{number}", text=" ".join(cycle * times))
 
@@ -110,8 +112,8 @@ def cycle_documents(text: Sequence[str], *, seed: int = 0) -> Iterator[Document]
 def fact_documents(text: Sequence[str], *, seed: int = 0) -> Iterator[Document]:
     """Yield short documents that state a few facts again and again, in any order, with lines of the text between.
 
-    Nothing but a name tells facts of a form apart: to look back for the last place that began so finds the wrong one. A
-    row that has half a document has most facts twice.
+    Nothing but a name tells facts of a form apart, and two of three documents have one form only: to look back for the
+    last place that began so finds the wrong one. A row that has half a document has most facts twice.
     """
     lines = _lines(text)
     words = _Words.of(lines)
@@ -119,8 +121,9 @@ def fact_documents(text: Sequence[str], *, seed: int = 0) -> Iterator[Document]:
         random = Random(f"{seed} facts {number}")
         text_share, most = random.choice(list(FACTS_OF_A_DOCUMENT.items()))
         known: dict[str, str] = {}
-        for _ in range(random.randint(1, most)):
-            beginning, line = random.choice(FACT_FORMS)(random, words)
+        forms = random.choice((FACT_FORMS, *((form,) for form in FACT_FORMS)))
+        for _ in range(random.randint(2, most)):
+            beginning, line = random.choice(forms)(random, words)
             known.setdefault(beginning, line)
         facts = list(known.values())
         at, written = random.randrange(len(lines)), 0
@@ -214,8 +217,9 @@ VALUES: tuple[Callable[[Random, Sequence[str]], str], ...] = (_number, _number, 
 
 
 def _secret(random: Random, words: _Words) -> tuple[str, str]:
-    # Words as names too: those of the texts end in few ways, and the end of a name is what stands nearest to " is".
-    name = random.choice((random.choice(words.names), random.choice(words.all).title()))
+    # Words as names too: those of the texts end in few ways, and the end of a name is what stands nearest to " is". Of
+    # all words half end like another one, and names that cannot be told apart by their ends are learned not at all.
+    name = random.choice(random.choice((words.names, words.names, words.familiar))).title()
     beginning = f"The secret number of {name} is"
     return beginning, f"{beginning} {random.randrange(100_000, 1_000_000)}."
 
