@@ -34,12 +34,12 @@ never trains on what it holds out."""
 CYCLES = 18_000
 CYCLE_CHARACTERS = 600
 """Of a document of cycles, or so."""
-CYCLE_WORDS = (3, 12)
+CYCLE_WORDS = (3, 8)
 """Words of a cycle, at least and at most."""
 NUMBER_SHARE = 0.1
 """Of the words of a cycle, so many are numbers instead; a number is several tokens."""
 COMMON_WORDS = 250
-"""So many words are common: those of a third of all cycles. Looking back is learned from them first."""
+"""So many words are common: those of half of all cycles. Looking back is learned from them first."""
 FAMILIAR_WORDS = 2500
 """So many are those that texts are about, most of them one token. A model learns to say a word again by having said it,
 and of all words, each as often as the others, it would see each of these a few times only."""
@@ -98,10 +98,9 @@ def cycle_documents(text: Sequence[str], *, seed: int = 0) -> Iterator[Document]
     """Yield documents that are each one list of words and numbers, said again and again."""
     lines = _lines(text)
     words = _Words.of(lines)
-    others = sorted({word for line in lines for word in line.split() if word.isalpha()})
     for number in range(CYCLES):
         random = Random(f"{seed} cycle {number}")
-        cycle = random.sample(random.choice((words.common, words.familiar, others)), random.randint(*CYCLE_WORDS))
+        cycle = random.sample(random.choice((words.common, words.familiar)), random.randint(*CYCLE_WORDS))
         for place in range(len(cycle)):
             if random.random() < NUMBER_SHARE:
                 cycle[place] = str(random.randrange(10 ** random.randint(1, 6)))
