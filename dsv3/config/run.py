@@ -109,16 +109,11 @@ class PretrainConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     start_from: str = ""
     """Folder of a run whose newest weights this one begins with, router biases included; empty draws them at random."""
-    shared_embedding: float = 0.0
-    """Spread of one vector that all embeddings begin with, beside their own, in `model.initializer_range`s: none in the
-    report. No projection of V3 has a bias, so that a head that looks at the token before needs a direction that all
-    tokens have in common, and a short run is long in learning one (docs/log.md)."""
     total_tokens: int = 14_800_000_000_000
     """Training ends with the step that reaches this many tokens."""
 
     def __post_init__(self) -> None:
         require_positive(self, "total_tokens")
-        require_not_negative(self, "shared_embedding")
         if self.batch.sequence_length > self.model.max_position_embeddings:
             raise ConfigError(
                 f"batch.sequence_length = {self.batch.sequence_length} is longer than "

@@ -265,11 +265,10 @@ class Transformer(nn.Module):
             self.mtp = nn.ModuleList()
 
     @torch.no_grad()
-    def init_weights(self, *, generator: torch.Generator, shared_embedding: float = 0.0) -> None:
+    def init_weights(self, *, generator: torch.Generator) -> None:
         """Draw all weights from a normal distribution of std `initializer_range` (report 4.2), in a fixed order.
 
-        Norm gains start at 1 and router biases at 0. One more vector, of `shared_embedding` times that std, is added to
-        every embedding (`PretrainConfig.shared_embedding`).
+        Norm gains start at 1 and router biases at 0.
         """
         for module in self.modules():
             for parameter in module.parameters(recurse=False):
@@ -280,10 +279,6 @@ class Transformer(nn.Module):
         for router in self.routers():
             if router.e_score_correction_bias is not None:
                 router.e_score_correction_bias.zero_()
-        if shared_embedding:
-            shared = torch.empty(self.config.hidden_size)
-            shared.normal_(0.0, shared_embedding * self.config.initializer_range, generator=generator)
-            self.embed_tokens.weight.add_(shared)
 
     def _rotation(self, batch: TokenBatch) -> Rotation:
         positions = batch.positions if batch.shared is None else batch.shared.key_positions

@@ -41,8 +41,6 @@ BASE_WEIGHTS = (0.05, 0.65, 0.08, 0.07, 0.07, 0.08)
 EXTENSION_WEIGHTS = (0.02, 0.13, 0.55, 0.10, 0.10, 0.10)
 CYCLES_TOKENS, BASE_TOKENS = 4_500_000, 10_000_000
 CYCLES_RATE, BASE_RATE = 3e-3, 2e-3
-SHARED_EMBEDDING = 1.0
-"""With it a run of a few million tokens learns to look at the token before, without which nothing is found."""
 TRAINED, LENGTHS = 128, (1024, 8192)
 EXTENSION_ROWS, EXTENSION_STEPS, EXTENSION_RATES = (6, 2), (400, 110), (1e-3, 5e-4)
 """By phase; the rate rises, stays and falls to a tenth, since weights that were only just learned would not settle at
@@ -114,7 +112,6 @@ def config_for(name: str, *, quick: bool) -> PretrainConfig:
         start,
         recipe="",
         total_tokens=tokens,
-        shared_embedding=0.0 if is_base else SHARED_EMBEDDING,
         model=replace(
             start.model,
             num_hidden_layers=4,

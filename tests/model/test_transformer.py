@@ -202,20 +202,6 @@ def test_without_shared_experts_the_model_has_none():
     model(TokenBatch.from_rows(torch.randint(0, 64, (1, 8))))
 
 
-def test_embeddings_may_begin_with_a_vector_in_common_and_all_other_weights_are_those_without():
-    without, with_shared = Transformer(SMALL), Transformer(SMALL)
-    without.init_weights(generator=torch.Generator().manual_seed(0))
-    with_shared.init_weights(generator=torch.Generator().manual_seed(0), shared_embedding=2.0)
-    others = dict(with_shared.named_parameters())
-    for name, weight in without.named_parameters():
-        if name == "embed_tokens.weight":
-            added = others[name] - weight
-            torch.testing.assert_close(added, added[:1].expand_as(added), atol=1e-6, rtol=0)
-            assert added[0].std().item() == pytest.approx(2 * SMALL.initializer_range, rel=0.5)
-        else:
-            assert torch.equal(others[name], weight), name
-
-
 def test_initial_weights_have_the_published_spread_and_follow_the_seed():
     def weights(seed):
         model = Transformer(replace(SMALL, hidden_size=128, initializer_range=0.006))
