@@ -216,8 +216,8 @@ VALUES: tuple[Callable[[Random, Sequence[str]], str], ...] = (_number, _number, 
 
 
 def _secret(random: Random, words: _Words) -> tuple[str, str]:
-    # Words as names too: those of the texts end in few ways, and the end of a name is what stands nearest to " is". Of
-    # all words half end like another one, and names that cannot be told apart by their ends are learned not at all.
+    # Words as names too: those of the texts end in few ways, and the end of a name is what stands nearest to " is". Not
+    # any word: a third of all words share twenty ends.
     name = random.choice(random.choice((words.names, words.names, words.familiar))).title()
     beginning = f"The secret number of {name} is"
     return beginning, f"{beginning} {random.randrange(100_000, 1_000_000)}."
